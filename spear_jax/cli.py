@@ -1,0 +1,36 @@
+"""What every command line of the project shares: one line for a user's mistake, exit status 2, no traceback."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a command's `main` and leave the process with its exit status.
+
+    A mistake of the user (`ValueError`, or an `OSError` about an input) is printed as `error: ...` on one line of stderr
+    and gives status 2. Anything else is a defect and keeps its traceback. `SPEAR_JAX_TRACEBACK=1` keeps all of them.
+    """
+    if os.environ.get("SPEAR_JAX_TRACEBACK"):
+        sys.exit(main() or 0)
+    try:
+        status = main() or 0
+    except BrokenPipeError:
+        # The reader of our stdout went away (`| head`): not an error, but nothing more can be written.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"error: {message}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)
+
+
+def cache_dir() -> Path:
+    """Give the folder for compiled programs and the like: `$XDG_CACHE_HOME/spear-jax`, or `~/.cache/spear-jax`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "spear-jax"
