@@ -59,7 +59,15 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
@@ -82,7 +90,10 @@ class ModelConfig:
     @property
     def windows(self) -> tuple[int, ...]:
         """For each layer, how many keys a query sees, itself included."""
-        return tuple(UNLIMITED_WINDOW if self._is_global(i) else self.sliding_window or UNLIMITED_WINDOW for i in range(self.num_layers))
+        return tuple(
+            UNLIMITED_WINDOW if self._is_global(i) else self.sliding_window or UNLIMITED_WINDOW
+            for i in range(self.num_layers)
+        )
 
     def _is_global(self, layer: int) -> bool:
         return self.sliding_window is None if self.layer_is_global is None else self.layer_is_global[layer]
@@ -105,10 +116,14 @@ def parse_mapping[T](cls: type[T], values: Any, *, source: str) -> T:
     """
     import pydantic
 
-    adapter = pydantic.TypeAdapter(cls, config=None) if hasattr(cls, "__pydantic_config__") else pydantic.TypeAdapter(cls)
+    adapter = (
+        pydantic.TypeAdapter(cls, config=None) if hasattr(cls, "__pydantic_config__") else pydantic.TypeAdapter(cls)
+    )
     unknown = sorted(_unknown_keys(cls, values))
     if unknown:
-        raise ValueError(f"{source}: unknown key {', '.join(unknown)}; known: {', '.join(f.name for f in dataclasses.fields(cls))}")  # type: ignore[arg-type]
+        raise ValueError(
+            f"{source}: unknown key {', '.join(unknown)}; known: {', '.join(f.name for f in dataclasses.fields(cls))}"
+        )  # type: ignore[arg-type]
     try:
         return adapter.validate_python(values)
     except pydantic.ValidationError as error:

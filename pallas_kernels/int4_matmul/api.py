@@ -1,0 +1,75 @@
+"""Public int4 matmul: checks its operands, then hands them to a backend."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int8
+
+from pallas_kernels import dispatch
+from pallas_kernels.int4_matmul.operands import Compensator, Gate
+from pallas_kernels.int4_matmul.reference import int4_matmul_xla
+
+__all__ = ["Compensator", "Gate", "int4_matmul"]
+
+_BACKENDS = {"xla": int4_matmul_xla}
+
+
+def int4_matmul(
+    x: Float[Array, "*B K"],
+    packed: Int8[Array, "N K/2"],
+    scale: Float[Array, "N G"],
+    *,
+    zero: Int8[Array, "N G"] | None = None,
+    bias: Float[Array, " N"] | None = None,
+    compensator: Compensator | None = None,
+    z: Float[Array, "*B R"] | None = None,
+    out_dtype: jnp.dtype | type | None = None,
+    implementation: dispatch.Implementation | None = None,
+) -> Float[Array, "*B N"]:
+    """Compute `x W^T + bias + (g * A x) B^T` with int4 `W = scale * (code - zero)`, accumulating in float32.
+
+    Args:
+        x: Activations; any leading axes.
+        packed: Codes, two a byte, low nibble first (`pallas_kernels.packing`).
+        scale: One scale per output channel (G = 1) or per group of K / G columns.
+        zero: Zero points in units of codes, for asymmetric weights.
+        bias: Added after the scales.
+        compensator: Low-rank term of rank R added in the epilogue (SPEAR, section 2).
+        z: The gated coordinates `g * A x` where they are already known, as when several products share one `A`.
+        out_dtype: Type of the result; x's by default.
+        implementation: Backend; by default the best one for this platform that can do the case.
+
+    Raises:
+        ValueError: Shapes or types do not fit together; says which and what was expected.
+        NotImplementedError: The backend that was asked for cannot do this case.
+    """
+    _check(x, packed, scale, zero=zero, bias=bias, compensator=compensator, z=z)
+    out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    with jax.named_scope("int4_matmul"):
+        return dispatch.call(
+            "int4_matmul", _BACKENDS, implementation, x, packed, scale, zero, bias, compensator, z, out_dtype
+        )
+
+
+def _check(x, packed, scale, *, zero, bias, compensator, z) -> None:
+    if packed.ndim != 2 or packed.dtype != jnp.int8:
+        raise ValueError(f"int4_matmul: packed must be int8 [N, K/2], got {packed.dtype}{list(packed.shape)}")
+    n, k = packed.shape[0], 2 * packed.shape[1]
+    if x.shape[-1] != k or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"int4_matmul: x must be floating [..., {k}] for this weight, got {x.dtype}{list(x.shape)}")
+    if scale.ndim != 2 or scale.shape[0] != n or k % scale.shape[1]:
+        raise ValueError(f"int4_matmul: scale must be [{n}, G] with G dividing {k}, got {list(scale.shape)}")
+    expected = {"zero": (zero, scale.shape), "bias": (bias, (n,))}
+    if z is not None and compensator is None:
+        raise ValueError("int4_matmul: z was given without a compensator to apply it")
+    if compensator is not None:
+        rank = compensator.bt.shape[0]
+        expected |= {
+            "compensator.a": (compensator.a, (rank, k)),
+            "compensator.bt": (compensator.bt, (rank, n)),
+            "compensator.a_scale": (compensator.a_scale, (rank,)),
+            "compensator.bt_scale": (compensator.bt_scale, (rank,)),
+            "z": (z, (*x.shape[:-1], rank)),
+        }
+    for name, (operand, shape) in expected.items():
+        if operand is not None and tuple(operand.shape) != tuple(shape):
+            raise ValueError(f"int4_matmul: {name} must have shape {list(shape)}, got {list(operand.shape)}")

@@ -1,0 +1,72 @@
+"""The specification of `int4_matmul`, in plain XLA; every other backend is tested against it."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int8
+
+from pallas_kernels.int4_matmul.operands import Compensator
+from pallas_kernels.packing import unpack_int4
+
+
+def dequantize(
+    packed: Int8[Array, "*L N K/2"],
+    scale: Float[Array, "*L N G"],
+    zero: Int8[Array, "*L N G"] | None = None,
+    *,
+    dtype: jnp.dtype | type = jnp.float32,
+) -> Float[Array, "*L N K"]:
+    """Give the weight `scale * (code - zero)`, computed in float32 and rounded once to `dtype`.
+
+    The K columns fall into G equal groups, each with one scale; G = 1 is one scale per output channel.
+    """
+    codes = unpack_int4(packed)
+    groups = scale.shape[-1]
+    grouped = codes.reshape(*codes.shape[:-1], groups, codes.shape[-1] // groups).astype(jnp.float32)
+    if zero is not None:
+        grouped = grouped - zero.astype(jnp.float32)[..., None]
+    return (grouped * scale.astype(jnp.float32)[..., None]).astype(dtype).reshape(codes.shape)
+
+
+def compensator_coordinates(x: Float[Array, "*B K"], compensator: Compensator) -> Float[Array, "*B R"]:
+    """Compute the gated low-rank coordinates `g(z) * z`, `z = A x`, in float32 (SPEAR, section 2)."""
+    a = _dequantize_rows(compensator.a, compensator.a_scale)
+    z = jnp.einsum("...k,rk->...r", x.astype(jnp.float32), a)
+    gate = compensator.gate
+    if gate is None:
+        return z
+    f32 = jnp.float32
+    hidden = jax.nn.silu(jnp.einsum("...r,rh->...h", z, gate.w_in.astype(f32)) + gate.b_in.astype(f32))
+    return z * (1 + jnp.tanh(jnp.einsum("...h,rh->...r", hidden, gate.w_out.astype(f32)) + gate.b_out.astype(f32)))
+
+
+def int4_matmul_xla(
+    x: Float[Array, "*B K"],
+    packed: Int8[Array, "N K/2"],
+    scale: Float[Array, "N G"],
+    zero: Int8[Array, "N G"] | None,
+    bias: Float[Array, " N"] | None,
+    compensator: Compensator | None,
+    z: Float[Array, "*B R"] | None,
+    out_dtype: jnp.dtype,
+) -> Float[Array, "*B N"]:
+    """Compute what `int4_matmul` documents: products of x's dtype, sums and epilogue in float32."""
+    # One scale a row factors out of the sum, so codes, exact in any float type, are what gets multiplied.
+    factored = scale.shape[-1] == 1 and zero is None
+    weight = unpack_int4(packed).astype(x.dtype) if factored else dequantize(packed, scale, zero, dtype=x.dtype)
+    y = jnp.einsum("...k,nk->...n", x, weight, preferred_element_type=jnp.float32)
+    if factored:
+        y = y * scale[:, 0].astype(jnp.float32)
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    if compensator is not None:
+        if z is None:
+            z = compensator_coordinates(x, compensator)
+        y = y + jnp.einsum(
+            "...r,rn->...n", z.astype(jnp.float32), _dequantize_rows(compensator.bt, compensator.bt_scale)
+        )
+    return y.astype(out_dtype)
+
+
+def _dequantize_rows(factor: Array, scale: Array | None) -> Float[Array, "R F"]:
+    factor = factor.astype(jnp.float32)
+    return factor if scale is None else factor * scale.astype(jnp.float32)[:, None]

@@ -1,0 +1,238 @@
+"""The decoder-only transformer that all supported families share, differing by their `ModelConfig`."""
+
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from spear_jax.config import UNLIMITED_WINDOW, ModelConfig
+from spear_jax.nn.attention import Attend, Index, causal_attend
+from spear_jax.nn.linear import Linear, RMSNorm
+from spear_jax.nn.rope import apply_rope, rope_frequencies, rope_tables
+from spear_jax.quant.compensator import CompensatorBank
+
+MODULES = ("qkv", "o", "gate_up", "down")
+"""The linears of a layer that are quantized; q, k, v are one product and so are gate, up: they share their input."""
+
+type Tap = Callable[[str, Array], None]
+type Ropes = tuple[Float[Array, "2 B T H/2"], Float[Array, "2 B T H/2"]]
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Give the name and shape of every weight of a model, stacked over layers: what `Decoder.from_weights` takes.
+
+    Linears are [L, N out, K in]; rows of `qkv` are all query heads, then keys, then values; of `gate_up`, gate then up.
+    Heads are in half-split rotary order. Norm weights are whole multipliers (Gemma's `1 + w`).
+    """
+    d, h, layers = config.hidden_size, config.head_dim, config.num_layers
+    shapes = {"embed.weight": (config.vocab_size, d), "final_norm.weight": (d,)}
+    if not config.tie_embeddings:
+        shapes["head.weight"] = (config.vocab_size, d)
+    for module, shape in config.module_shapes().items():
+        shapes[f"layers.{module}.weight"] = (layers, *shape)
+    if config.qkv_bias:
+        shapes["layers.qkv.bias"] = (layers, config.qkv_features)
+    for norm, size in _norm_sizes(d, h, config).items():
+        shapes[f"layers.{norm}.weight"] = (layers, size)
+    return shapes
+
+
+def _norm_sizes(d: int, h: int, config: ModelConfig) -> dict[str, int]:
+    norms = {"input_norm": d, "mlp_norm": d}
+    if config.qk_norm:
+        norms |= {"q_norm": h, "k_norm": h}
+    if config.sandwich_norms:
+        norms |= {"attn_out_norm": d, "mlp_out_norm": d}
+    return norms
+
+
+class Layer(nnx.Module):
+    """One decoder layer; its arrays may carry a leading axis of layers, which `jax.lax.scan` takes off."""
+
+    def __init__(self, config: ModelConfig, weights: MutableMapping[str, Array]) -> None:
+        def norm(name: str) -> RMSNorm | None:
+            weight = weights.get(f"layers.{name}.weight")
+            return None if weight is None else RMSNorm(weight, eps=config.norm_eps)
+
+        def linear(name: str) -> Linear:
+            return Linear(weights[f"layers.{name}.weight"], weights.get(f"layers.{name}.bias"))
+
+        self.config = config
+        self.input_norm, self.mlp_norm = norm("input_norm"), norm("mlp_norm")
+        self.q_norm, self.k_norm = norm("q_norm"), norm("k_norm")
+        self.attn_out_norm, self.mlp_out_norm = norm("attn_out_norm"), norm("mlp_out_norm")
+        self.qkv, self.o = linear("qkv"), linear("o")
+        self.gate_up, self.down = linear("gate_up"), linear("down")
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        ropes: Ropes,
+        cache: Any = None,
+        *,
+        layer: Index,
+        window: Index,
+        attend: Attend = causal_attend,
+        compensators: dict[str, CompensatorBank] | None = None,
+        tap: Tap | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Run the layer; `tap(name, x)` sees the input of each of the four linears."""
+        config, banks = self.config, compensators or {}
+
+        def apply(name: str, x: Array) -> Array:
+            if tap is not None:
+                tap(name, x)
+            compensator = banks[name].at(layer) if name in banks else None
+            with jax.named_scope(name):
+                return getattr(self, name)(x, compensator=compensator)
+
+        def add(residual: Array, update: Array, norm: RMSNorm | None) -> Array:
+            return residual + (update if norm is None else norm(update))
+
+        with jax.named_scope("attention"):
+            qkv = apply("qkv", self.input_norm(x))
+            q, k, v = jnp.split(qkv, np.cumsum([config.num_heads, config.num_kv_heads]) * config.head_dim, axis=-1)
+            q, k, v = (y.reshape(*y.shape[:-1], -1, config.head_dim) for y in (q, k, v))
+            if self.q_norm is not None and self.k_norm is not None:
+                q, k = self.q_norm(q), self.k_norm(k)
+            cos, sin = _select_rope(ropes, window, config)
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+            attended, cache = attend(q, k, v, cache, layer=layer, window=window, scale=config.scale)
+            x = add(x, apply("o", attended.reshape(*x.shape[:2], -1)), self.attn_out_norm)
+        with jax.named_scope("mlp"):
+            gate, up = jnp.split(apply("gate_up", self.mlp_norm(x)), 2, axis=-1)
+            activation = jax.nn.silu if config.activation == "silu" else _gelu_tanh
+            x = add(x, apply("down", activation(gate) * up), self.mlp_out_norm)
+        return x, cache
+
+
+def _gelu_tanh(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _select_rope(ropes: Ropes, window: Index, config: ModelConfig) -> tuple[Array, Array]:
+    """Pick the global tables, or the local ones where this layer slides and the family has its own base for that."""
+    if config.rope_local_theta is None:
+        return ropes[0][0], ropes[1][0]
+    if isinstance(window, int):
+        local = int(window < UNLIMITED_WINDOW)
+        return ropes[0][local], ropes[1][local]
+    return tuple(jnp.where(window < UNLIMITED_WINDOW, table[1], table[0]) for table in ropes)  # type: ignore[return-value]
+
+
+class Decoder(nnx.Module):
+    """A language model: embedding, layers, final norm, head. A pytree: pass it to `jax.jit` as an argument.
+
+    `layers` is one `Layer` whose arrays are stacked over layers, run by `jax.lax.scan`; or, after `unstack`, an
+    `nnx.List` of layers, run one after another (on CPU a scan copies every layer's weights out of the stack).
+    `compensators` maps module names to the banks of error compensators.
+    """
+
+    def __init__(self, config: ModelConfig, weights: MutableMapping[str, Array]) -> None:
+        self.config = config
+        self.embed = nnx.Param(weights["embed.weight"])
+        self.layers: Layer | nnx.List = Layer(config, weights)
+        self.final_norm = RMSNorm(weights["final_norm.weight"], eps=config.norm_eps)
+        self.head = None if config.tie_embeddings else nnx.Param(weights["head.weight"])
+        self.compensators: nnx.Dict = nnx.Dict()
+
+    @classmethod
+    def from_weights(cls, config: ModelConfig, weights: MutableMapping[str, Any], *, dtype: Any) -> "Decoder":
+        """Build a model from the weights that `weight_shapes` names, putting each on the device as `dtype`.
+
+        Entries are taken out of `weights` one at a time, so that the host need not hold the model twice.
+
+        Raises:
+            ValueError: A weight is missing, left over, or of the wrong shape.
+        """
+        shapes = weight_shapes(config)
+        if shapes.keys() != weights.keys():
+            missing, extra = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
+            raise ValueError(f"weights do not fit the configuration: missing {missing}, not expected {extra}")
+        arrays = {}
+        for name, shape in shapes.items():
+            weight = weights.pop(name)
+            if tuple(weight.shape) != shape:
+                raise ValueError(f"{name} has shape {list(weight.shape)}, expected {list(shape)}")
+            arrays[name] = jnp.asarray(weight, dtype=dtype)
+        return cls(config, arrays)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Type of the activations."""
+        return self.embed.dtype
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        *,
+        attend: Attend = causal_attend,
+        cache: Any = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Compute hidden states after the final norm, and the updated cache; positions default to 0, 1, ..."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        x, ropes = self.embedded(tokens), self.ropes(positions)
+        windows, banks = self.config.windows, dict(self.compensators)
+        with jax.named_scope("layers"):
+            if isinstance(self.layers, nnx.List):
+                for i, layer in enumerate(self.layers):
+                    x, cache = layer(x, ropes, cache, layer=i, window=windows[i], attend=attend, compensators=banks)
+            else:
+
+                def body(
+                    carry: tuple[Array, Any], inputs: tuple[Layer, Array, Array]
+                ) -> tuple[tuple[Array, Any], None]:
+                    layer, i, window = inputs
+                    return layer(
+                        carry[0], ropes, carry[1], layer=i, window=window, attend=attend, compensators=banks
+                    ), None
+
+                indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+                inputs = (self.layers, indices, jnp.asarray(windows, jnp.int32))
+                (x, cache), _ = jax.lax.scan(body, (x, cache), inputs)
+        return self.final_norm(x), cache
+
+    @jax.named_scope("embed")
+    def embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Look up and scale the embeddings of tokens."""
+        x = self.embed[...][tokens]
+        return x if self.config.embed_scale == 1 else x * jnp.asarray(self.config.embed_scale, x.dtype)
+
+    def ropes(self, positions: Int[Array, "B T"]) -> Ropes:
+        """Give the cosines and the sines of positions, each stacked as (global, local)."""
+        config = self.config
+        tables = [rope_tables(positions, rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))]
+        if config.rope_local_theta is not None:
+            tables.append(rope_tables(positions, rope_frequencies(config.head_dim, config.rope_local_theta, None)))
+        cos, sin = zip(*tables, strict=True)
+        return jnp.stack(cos), jnp.stack(sin)
+
+    @jax.named_scope("head")
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Compute next-token logits in float32."""
+        weight = (self.embed if self.head is None else self.head)[...]
+        return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+
+    def layer(self, index: int) -> Layer:
+        """Give one layer by itself."""
+        if isinstance(self.layers, nnx.List):
+            return self.layers[index]
+        return jax.tree.map(lambda leaf: leaf[index], self.layers)
+
+    def replace(self, **fields: Any) -> "Decoder":
+        """Give a model with some fields replaced, sharing all other arrays with this one."""
+        model = jax.tree.map(lambda leaf: leaf, self)
+        for name, value in fields.items():
+            setattr(model, name, value)
+        return model
+
+
+def unstack(model: Decoder) -> Decoder:
+    """Give the model with layers as separate modules, for back ends where slicing a stack copies."""
+    return model.replace(layers=nnx.List([model.layer(i) for i in range(model.config.num_layers)]))

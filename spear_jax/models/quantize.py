@@ -1,0 +1,45 @@
+"""Quantize and expand whole models, and count their bytes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from spear_jax.models.decoder import MODULES, Decoder
+from spear_jax.nn.linear import Linear
+from spear_jax.quant.qtensor import QuantSpec, QuantTensor
+from spear_jax.quant.rtn import round_to_nearest
+
+
+def quantize_model(model: Decoder, spec: QuantSpec) -> Decoder:
+    """Round the four linears of every layer to int4 (nearest code, min-max scales); embedding and head stay.
+
+    Raises:
+        ValueError: The group size does not divide a module's input size; names the module.
+    """
+    for name in MODULES:
+        spec.groups(getattr(model.layers, name).weight.shape[-1], name=name)
+    return _map_linears(model, lambda linear: round_to_nearest(linear.weight[...], spec))
+
+
+def expand_model(model: Decoder, dtype: Any) -> Decoder:
+    """Give the model with int4 weights written out in `dtype`: the same function, more memory, no unpacking."""
+    return _map_linears(
+        model,
+        lambda linear: (
+            linear.weight.dequantize(dtype) if isinstance(linear.weight, QuantTensor) else linear.weight[...]
+        ),
+    )
+
+
+def _map_linears(model: Decoder, weight_of: Any) -> Decoder:
+    layers = jax.tree.map(lambda leaf: leaf, model.layers)
+    for name in MODULES:
+        linear: Linear = getattr(layers, name)
+        setattr(layers, name, Linear(weight_of(linear), None if linear.bias is None else linear.bias[...]))
+    return model.replace(layers=layers)
+
+
+def weight_bytes(model: Any) -> int:
+    """Count the bytes of all arrays of a model, or of any part of one, as stored."""
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(model))

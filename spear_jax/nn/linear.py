@@ -1,0 +1,55 @@
+"""Linear layers whose weight is dense, int4, or int4 expanded for a CPU."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from pallas_kernels.int4_matmul import Compensator, compensator_coordinates, int4_matmul
+from spear_jax.quant.qtensor import QuantTensor
+
+
+class Linear(nnx.Module):
+    """`y = x W^T + bias`, with W [N, K] dense or a `QuantTensor`, and an optional error compensator."""
+
+    def __init__(self, weight: Array | QuantTensor, bias: Array | None = None) -> None:
+        self.weight = weight if isinstance(weight, QuantTensor) else nnx.Param(weight)
+        self.bias = None if bias is None else nnx.Param(bias)
+
+    def __call__(self, x: Float[Array, "*B K"], *, compensator: Compensator | None = None) -> Float[Array, "*B N"]:
+        """Apply the layer; sums and epilogue in float32, the result in x's type."""
+        bias = None if self.bias is None else self.bias[...]
+        if isinstance(self.weight, QuantTensor):
+            w = self.weight
+            return int4_matmul(x, w.packed, w.scale, zero=w.zero, bias=bias, compensator=compensator)
+        y = jnp.einsum("...k,nk->...n", x, self.weight[...], preferred_element_type=jnp.float32)
+        if bias is not None:
+            y = y + bias.astype(jnp.float32)
+        if compensator is not None:
+            y = y + low_rank(x, compensator)
+        return y.astype(x.dtype)
+
+
+def low_rank(x: Float[Array, "*B K"], compensator: Compensator) -> Float[Array, "*B N"]:
+    """Compute the compensator's term `B (g * A x)` in float32."""
+    bt = compensator.bt.astype(jnp.float32)
+    if compensator.bt_scale is not None:
+        bt = bt * compensator.bt_scale.astype(jnp.float32)[:, None]
+    return jnp.einsum("...r,rn->...n", compensator_coordinates(x, compensator), bt)
+
+
+class RMSNorm(nnx.Module):
+    """Divide by the root mean square of the last axis and multiply by a weight, in float32.
+
+    Source: Zhang and Sennrich, arXiv 1910.07467.
+    """
+
+    def __init__(self, weight: Array, *, eps: float) -> None:
+        self.weight = nnx.Param(weight)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalise x; the result has x's type."""
+        f = x.astype(jnp.float32)
+        f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + self.eps)
+        return (f * self.weight[...].astype(jnp.float32)).astype(x.dtype)

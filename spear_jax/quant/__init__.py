@@ -1,0 +1,13 @@
+"""Int4 weights: their storage, how they are rounded, and the error compensators that go with them."""
+
+from spear_jax.quant.compensator import CompensatorBank, CompensatorVariable
+from spear_jax.quant.qtensor import QuantSpec, QuantTensor
+from spear_jax.quant.rtn import round_to_nearest
+
+__all__ = [
+    "CompensatorBank",
+    "CompensatorVariable",
+    "QuantSpec",
+    "QuantTensor",
+    "round_to_nearest",
+]

@@ -1,0 +1,112 @@
+"""Error compensators of a stack of layers, each layer with its own rank."""
+
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.int4_matmul import Compensator, Gate
+
+
+class CompensatorVariable(nnx.Variable):
+    """Marks the arrays of compensators, so that `nnx.split(model, CompensatorVariable, ...)` gives the trainable part."""
+
+
+class CompensatorBank(nnx.Module):
+    """The compensators of one module ("qkv", "o", "gate_up" or "down") in all layers.
+
+    Ranks differ by layer, so factors lie one after another along the rank axis, T = sum(ranks) rows in all:
+    a [T, K] and bt [T, N] (int8 with scales [T], or floating), and, if gated, w_in [T, H], w_out [T, H], b_out [T] and
+    b_in [L, H]. A layer of rank 0 has no compensator. Nothing is padded: bytes here are bytes in memory.
+    """
+
+    def __init__(
+        self,
+        ranks: tuple[int, ...],
+        a: Array,
+        bt: Array,
+        *,
+        a_scale: Array | None = None,
+        bt_scale: Array | None = None,
+        gate: Gate | None = None,
+    ) -> None:
+        total = sum(ranks)
+        for name, rows in {"a": a, "bt": bt, "a_scale": a_scale, "bt_scale": bt_scale}.items():
+            if rows is not None and rows.shape[0] != total:
+                raise ValueError(f"{name} has {rows.shape[0]} rows for ranks that sum to {total}")
+        self.ranks = tuple(int(r) for r in ranks)
+        self.a = CompensatorVariable(a)
+        self.bt = CompensatorVariable(bt)
+        self.a_scale = None if a_scale is None else CompensatorVariable(a_scale)
+        self.bt_scale = None if bt_scale is None else CompensatorVariable(bt_scale)
+        self.w_in, self.b_in, self.w_out, self.b_out = (
+            (None, None, None, None)
+            if gate is None
+            else tuple(CompensatorVariable(x) for x in (gate.w_in, gate.b_in, gate.w_out, gate.b_out))
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of factors, scales and gates as stored."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    def at(self, layer: int | Int[Array, ""]) -> Compensator | None:
+        """Give the compensator of one layer.
+
+        A Python int gives exactly the layer's rank, or None for rank 0. A traced index gives max(ranks) rows in which
+        those beyond the layer's rank have zero `bt`, so that they add nothing.
+        """
+        widest = max(self.ranks, default=0)
+        if widest == 0:
+            return None
+        starts = [sum(self.ranks[:i]) for i in range(len(self.ranks))]
+        if isinstance(layer, int):
+            if self.ranks[layer] == 0:
+                return None
+            rows = slice(starts[layer], starts[layer] + self.ranks[layer])
+            return self._slice(lambda x: x[rows], layer)
+        # A slice that would run past the end is moved back, and the rows before the layer's own are masked as well.
+        last = sum(self.ranks) - widest
+        first = jnp.asarray([min(s, last) for s in starts])[layer]
+        own = first + jnp.arange(widest) - jnp.asarray(starts)[layer]
+        inside = (own >= 0) & (own < jnp.asarray(self.ranks)[layer])
+
+        def take(x: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, first, widest)
+
+        whole = self._slice(take, layer)
+        bt = jnp.where(inside[:, None], whole.bt, jnp.zeros((), whole.bt.dtype))
+        gate = whole.gate
+        if gate is not None:
+            # The hidden layer of the gate mixes coordinates, so foreign ones must not enter it.
+            gate = Gate(
+                w_in=jnp.where(inside[:, None], gate.w_in, 0), b_in=gate.b_in, w_out=gate.w_out, b_out=gate.b_out
+            )
+        return Compensator(a=whole.a, bt=bt, a_scale=whole.a_scale, bt_scale=whole.bt_scale, gate=gate)
+
+    def _slice(self, rows: Any, layer: int | Int[Array, ""]) -> Compensator:
+        def get(variable: nnx.Variable | None) -> Array | None:
+            return None if variable is None else rows(variable[...])
+
+        gate = None
+        if self.w_in is not None:
+            gate = Gate(w_in=get(self.w_in), b_in=self.b_in[...][layer], w_out=get(self.w_out), b_out=get(self.b_out))
+        return Compensator(
+            a=get(self.a), bt=get(self.bt), a_scale=get(self.a_scale), bt_scale=get(self.bt_scale), gate=gate
+        )
+
+    def to_int8(self) -> Self:
+        """Give the bank with both factors in int8, one scale per rank coordinate (max|row| / 127)."""
+        a, a_scale = _int8_rows(self.a[...])
+        bt, bt_scale = _int8_rows(self.bt[...])
+        gate = None
+        if self.w_in is not None:
+            gate = Gate(w_in=self.w_in[...], b_in=self.b_in[...], w_out=self.w_out[...], b_out=self.b_out[...])
+        return type(self)(self.ranks, a, bt, a_scale=a_scale, bt_scale=bt_scale, gate=gate)
+
+
+def _int8_rows(rows: Float[Array, "T F"]) -> tuple[Array, Array]:
+    scale = jnp.maximum(jnp.max(jnp.abs(rows.astype(jnp.float32)), axis=-1) / 127, 1e-12)
+    return jnp.round(rows.astype(jnp.float32) / scale[:, None]).astype(jnp.int8), scale
