@@ -1,8 +1,11 @@
 """What every command line of the project shares: one line for a user's mistake, exit status 2, no traceback."""
 
+import contextlib
+import io
+import itertools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -28,6 +31,26 @@ def run_main(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         status = 130
     sys.exit(status)
+
+
+def parse_flags[T](cls: type[T], *, prog: str | None = None, args: Sequence[str] | None = None) -> T:
+    """Read a config dataclass from the command line; `--help` prints the help and leaves with status 0.
+
+    Raises:
+        ValueError: A flag is unknown, or its value is; one line without the box that tyro draws around it.
+    """
+    import tyro
+
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(cls, prog=prog, args=args)
+    except SystemExit as leaving:
+        if not leaving.code:
+            raise
+        inside = (line.strip("│ ") for line in printed.getvalue().splitlines() if line.startswith("│"))
+        message = " ".join(itertools.takewhile(lambda line: not line.startswith("───"), inside))
+        raise ValueError(f"{message or printed.getvalue()} (see --help)") from None
 
 
 def cache_dir() -> Path:
