@@ -32,9 +32,7 @@ def call(
     """
     if implementation is not None:
         if implementation not in ("mosaic_gpu", "mosaic_tpu", "xla"):
-            raise ValueError(
-                f"{op}: implementation must be mosaic_gpu, mosaic_tpu, xla or None, got {implementation!r}"
-            )
+            raise ValueError(f"{op}: implementation must be mosaic_gpu, mosaic_tpu or xla, got {implementation!r}")
         if implementation not in backends:
             raise NotImplementedError(f"{op} has no {implementation} backend; it has {', '.join(backends)}")
         return backends[implementation](*args, **kwargs)

@@ -12,8 +12,8 @@ from pathlib import Path
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and leave the process with its exit status.
 
-    A mistake of the user (`ValueError`, or an `OSError` about an input) is printed as `error: ...` on one line of stderr
-    and gives status 2. Anything else is a defect and keeps its traceback. `SPEAR_JAX_TRACEBACK=1` keeps all of them.
+    A mistake of the user (`ValueError`, or an `OSError` about an input) is printed as `error: ...` on one line of
+    stderr and gives status 2. Anything else is a defect and keeps its traceback; `SPEAR_JAX_TRACEBACK=1` keeps all.
     """
     if os.environ.get("SPEAR_JAX_TRACEBACK"):
         sys.exit(main() or 0)

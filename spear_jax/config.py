@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 UNLIMITED_WINDOW = 2**30
 """A sliding window that never ends: the window of a layer that attends to everything before it."""
@@ -29,8 +29,8 @@ class ModelConfig:
     """The architecture of a decoder; sizes are counts of elements.
 
     `layer_is_global` says for each layer whether it attends to everything (True) or to `sliding_window` keys, itself
-    included; None means that every layer uses `sliding_window` where it is set. `rope_local_theta` is the rotary base of
-    sliding-window layers where it differs (Gemma-3); those layers take no `rope_scaling`.
+    included; None means that every layer uses `sliding_window` where it is set. `rope_local_theta` is the rotary base
+    of sliding-window layers where it differs (Gemma-3); those layers take no `rope_scaling`.
     """
 
     family: Literal["llama", "qwen2", "qwen3", "gemma3"]
@@ -59,15 +59,17 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
+        counts = ("vocab_size", "num_layers", "num_heads", "num_kv_heads")
+        sizes = ("hidden_size", "intermediate_size", "head_dim", "max_position")
+        for name in counts + sizes:
             "hidden_size",
             "intermediate_size",
             "num_layers",
             "num_heads",
             "num_kv_heads",
             "head_dim",
-        ):
+        )
+        for name in sizes:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
@@ -90,13 +92,9 @@ class ModelConfig:
     @property
     def windows(self) -> tuple[int, ...]:
         """For each layer, how many keys a query sees, itself included."""
-        return tuple(
-            UNLIMITED_WINDOW if self._is_global(i) else self.sliding_window or UNLIMITED_WINDOW
-            for i in range(self.num_layers)
-        )
-
-    def _is_global(self, layer: int) -> bool:
-        return self.sliding_window is None if self.layer_is_global is None else self.layer_is_global[layer]
+        limit = self.sliding_window or UNLIMITED_WINDOW
+        layer_is_global = self.layer_is_global or (False,) * self.num_layers
+        return tuple(UNLIMITED_WINDOW if is_global else limit for is_global in layer_is_global)
 
     def module_shapes(self) -> dict[str, tuple[int, int]]:
         """Give (N out, K in) of the four quantized linears of a layer."""
@@ -116,14 +114,11 @@ def parse_mapping[T](cls: type[T], values: Any, *, source: str) -> T:
     """
     import pydantic
 
-    adapter = (
-        pydantic.TypeAdapter(cls, config=None) if hasattr(cls, "__pydantic_config__") else pydantic.TypeAdapter(cls)
-    )
     unknown = sorted(_unknown_keys(cls, values))
     if unknown:
-        raise ValueError(
-            f"{source}: unknown key {', '.join(unknown)}; known: {', '.join(f.name for f in dataclasses.fields(cls))}"
-        )  # type: ignore[arg-type]
+        known = ", ".join(f.name for f in dataclasses.fields(cast(Any, cls)))
+        raise ValueError(f"{source}: unknown key {', '.join(unknown)}; known: {known}")
+    adapter = pydantic.TypeAdapter(cls)
     try:
         return adapter.validate_python(values)
     except pydantic.ValidationError as error:

@@ -9,7 +9,7 @@ from spear_jax.config import ModelConfig
 
 
 def shared_data(relative: str) -> Path:
-    """Give a file of the folder `shared/data` beside or inside the checkout; skip the calling test where it is missing."""
+    """Give a file of the folder `shared/data` beside or in the checkout; skip the calling test where it is missing."""
     import pytest
 
     root = Path(__file__).resolve().parent.parent
@@ -17,7 +17,7 @@ def shared_data(relative: str) -> Path:
         path = base / "data" / relative
         if path.exists():
             return path
-    pytest.skip(f"needs shared/data/{relative}, which is not on this machine")
+    return pytest.skip(f"needs shared/data/{relative}, which is not on this machine")
 
 
 def random_weights(config: ModelConfig, *, seed: int = 0) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from pallas_kernels.packing import pack_int4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """One product: M rows, N outputs, K inputs; `group` columns a scale (-1: all); compensator of rank `rank` (0: none)."""
+    """One product of M rows, N outputs, K inputs; `group` columns a scale (-1: all); `rank` of the compensator or 0."""
 
     m: int
     n: int

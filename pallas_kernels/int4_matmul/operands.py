@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-# Array fields are annotated `Any` at run time: `jax.tree.map` puts other things than arrays into registered dataclasses.
+# Array fields are annotated `Any`: `jax.tree.map` puts other things than arrays into registered dataclasses.
 
 
 @jax.tree_util.register_dataclass

@@ -61,10 +61,13 @@ def int4_matmul_xla(
     if compensator is not None:
         if z is None:
             z = compensator_coordinates(x, compensator)
-        y = y + jnp.einsum(
-            "...r,rn->...n", z.astype(jnp.float32), _dequantize_rows(compensator.bt, compensator.bt_scale)
-        )
+        y = y + low_rank_output(z, compensator)
     return y.astype(out_dtype)
+
+
+def low_rank_output(z: Float[Array, "*B R"], compensator: Compensator) -> Float[Array, "*B N"]:
+    """Compute the compensator's output `B z` from its gated coordinates, in float32."""
+    return jnp.einsum("...r,rn->...n", z.astype(jnp.float32), _dequantize_rows(compensator.bt, compensator.bt_scale))
 
 
 def _dequantize_rows(factor: Array, scale: Array | None) -> Float[Array, "R F"]:

@@ -54,17 +54,18 @@ class Layer(nnx.Module):
     """One decoder layer; its arrays may carry a leading axis of layers, which `jax.lax.scan` takes off."""
 
     def __init__(self, config: ModelConfig, weights: MutableMapping[str, Array]) -> None:
-        def norm(name: str) -> RMSNorm | None:
-            weight = weights.get(f"layers.{name}.weight")
-            return None if weight is None else RMSNorm(weight, eps=config.norm_eps)
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(weights[f"layers.{name}.weight"], eps=config.norm_eps)
 
         def linear(name: str) -> Linear:
             return Linear(weights[f"layers.{name}.weight"], weights.get(f"layers.{name}.bias"))
 
         self.config = config
         self.input_norm, self.mlp_norm = norm("input_norm"), norm("mlp_norm")
-        self.q_norm, self.k_norm = norm("q_norm"), norm("k_norm")
-        self.attn_out_norm, self.mlp_out_norm = norm("attn_out_norm"), norm("mlp_out_norm")
+        self.q_norm, self.k_norm = (norm("q_norm"), norm("k_norm")) if config.qk_norm else (None, None)
+        self.attn_out_norm, self.mlp_out_norm = (
+            (norm("attn_out_norm"), norm("mlp_out_norm")) if config.sandwich_norms else (None, None)
+        )
         self.qkv, self.o = linear("qkv"), linear("o")
         self.gate_up, self.down = linear("gate_up"), linear("down")
 
@@ -185,13 +186,9 @@ class Decoder(nnx.Module):
                     x, cache = layer(x, ropes, cache, layer=i, window=windows[i], attend=attend, compensators=banks)
             else:
 
-                def body(
-                    carry: tuple[Array, Any], inputs: tuple[Layer, Array, Array]
-                ) -> tuple[tuple[Array, Any], None]:
-                    layer, i, window = inputs
-                    return layer(
-                        carry[0], ropes, carry[1], layer=i, window=window, attend=attend, compensators=banks
-                    ), None
+                def body(carry: tuple[Array, Any], inputs: tuple[Layer, Array, Array]):
+                    (x, cache), (layer, i, window) = carry, inputs
+                    return layer(x, ropes, cache, layer=i, window=window, attend=attend, compensators=banks), None
 
                 indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
                 inputs = (self.layers, indices, jnp.asarray(windows, jnp.int32))

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from spear_jax.models.decoder import MODULES, Decoder
 from spear_jax.nn.linear import Linear
@@ -24,12 +25,12 @@ def quantize_model(model: Decoder, spec: QuantSpec) -> Decoder:
 
 def expand_model(model: Decoder, dtype: Any) -> Decoder:
     """Give the model with int4 weights written out in `dtype`: the same function, more memory, no unpacking."""
-    return _map_linears(
-        model,
-        lambda linear: (
-            linear.weight.dequantize(dtype) if isinstance(linear.weight, QuantTensor) else linear.weight[...]
-        ),
-    )
+
+    def weight_of(linear: Linear) -> Array:
+        weight = linear.weight
+        return weight.dequantize(dtype) if isinstance(weight, QuantTensor) else weight[...]
+
+    return _map_linears(model, weight_of)
 
 
 def _map_linears(model: Decoder, weight_of: Any) -> Decoder:

@@ -13,7 +13,8 @@ class Attend(Protocol):
     """How a layer attends: writes its new keys and values to a cache, and reads what it may see.
 
     `q` and `k` come normalised and rotated. `cache` is the whole cache, any pytree; `layer` picks this layer's part, a
-    Python int where layers are unrolled and a traced one in a scan. A query sees at most `window` keys, itself included.
+    Python int where layers are unrolled and a traced one in a scan. A query sees at most `window` keys, itself
+    included.
     """
 
     def __call__(
@@ -26,7 +27,9 @@ class Attend(Protocol):
         layer: Index,
         window: Index,
         scale: float,
-    ) -> tuple[Float[Array, "B T N H"], Any]: ...
+    ) -> tuple[Float[Array, "B T N H"], Any]:
+        """Give what the queries attend to, and the cache with the new keys and values in it."""
+        ...
 
 
 def masked_attention(

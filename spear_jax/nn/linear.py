@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels.int4_matmul import Compensator, compensator_coordinates, int4_matmul
+from pallas_kernels.int4_matmul import Compensator, compensator_coordinates, int4_matmul, low_rank_output
 from spear_jax.quant.qtensor import QuantTensor
 
 
@@ -26,16 +26,8 @@ class Linear(nnx.Module):
         if bias is not None:
             y = y + bias.astype(jnp.float32)
         if compensator is not None:
-            y = y + low_rank(x, compensator)
+            y = y + low_rank_output(compensator_coordinates(x, compensator), compensator)
         return y.astype(x.dtype)
-
-
-def low_rank(x: Float[Array, "*B K"], compensator: Compensator) -> Float[Array, "*B N"]:
-    """Compute the compensator's term `B (g * A x)` in float32."""
-    bt = compensator.bt.astype(jnp.float32)
-    if compensator.bt_scale is not None:
-        bt = bt * compensator.bt_scale.astype(jnp.float32)[:, None]
-    return jnp.einsum("...r,rn->...n", compensator_coordinates(x, compensator), bt)
 
 
 class RMSNorm(nnx.Module):

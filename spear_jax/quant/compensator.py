@@ -1,6 +1,8 @@
 """Error compensators of a stack of layers, each layer with its own rank."""
 
-from typing import Any, Self
+import dataclasses
+from collections.abc import Callable
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,10 @@ from pallas_kernels.int4_matmul import Compensator, Gate
 
 
 class CompensatorVariable(nnx.Variable):
-    """Marks the arrays of compensators, so that `nnx.split(model, CompensatorVariable, ...)` gives the trainable part."""
+    """Marks arrays of compensators: `nnx.split(model, CompensatorVariable, ...)` gives the trainable part."""
+
+
+nnx.register_data_type(Gate)
 
 
 class CompensatorBank(nnx.Module):
@@ -41,11 +46,7 @@ class CompensatorBank(nnx.Module):
         self.bt = CompensatorVariable(bt)
         self.a_scale = None if a_scale is None else CompensatorVariable(a_scale)
         self.bt_scale = None if bt_scale is None else CompensatorVariable(bt_scale)
-        self.w_in, self.b_in, self.w_out, self.b_out = (
-            (None, None, None, None)
-            if gate is None
-            else tuple(CompensatorVariable(x) for x in (gate.w_in, gate.b_in, gate.w_out, gate.b_out))
-        )
+        self.gate = None if gate is None else jax.tree.map(CompensatorVariable, gate)
 
     @property
     def nbytes(self) -> int:
@@ -81,18 +82,16 @@ class CompensatorBank(nnx.Module):
         gate = whole.gate
         if gate is not None:
             # The hidden layer of the gate mixes coordinates, so foreign ones must not enter it.
-            gate = Gate(
-                w_in=jnp.where(inside[:, None], gate.w_in, 0), b_in=gate.b_in, w_out=gate.w_out, b_out=gate.b_out
-            )
-        return Compensator(a=whole.a, bt=bt, a_scale=whole.a_scale, bt_scale=whole.bt_scale, gate=gate)
+            gate = dataclasses.replace(gate, w_in=jnp.where(inside[:, None], gate.w_in, 0))
+        return dataclasses.replace(whole, bt=bt, gate=gate)
 
-    def _slice(self, rows: Any, layer: int | Int[Array, ""]) -> Compensator:
+    def _slice(self, rows: Callable[[Array], Array], layer: int | Int[Array, ""]) -> Compensator:
         def get(variable: nnx.Variable | None) -> Array | None:
             return None if variable is None else rows(variable[...])
 
-        gate = None
-        if self.w_in is not None:
-            gate = Gate(w_in=get(self.w_in), b_in=self.b_in[...][layer], w_out=get(self.w_out), b_out=get(self.b_out))
+        gate = self.gate
+        if gate is not None:
+            gate = Gate(w_in=get(gate.w_in), b_in=gate.b_in[...][layer], w_out=get(gate.w_out), b_out=get(gate.b_out))
         return Compensator(
             a=get(self.a), bt=get(self.bt), a_scale=get(self.a_scale), bt_scale=get(self.bt_scale), gate=gate
         )
@@ -102,8 +101,8 @@ class CompensatorBank(nnx.Module):
         a, a_scale = _int8_rows(self.a[...])
         bt, bt_scale = _int8_rows(self.bt[...])
         gate = None
-        if self.w_in is not None:
-            gate = Gate(w_in=self.w_in[...], b_in=self.b_in[...], w_out=self.w_out[...], b_out=self.b_out[...])
+        if self.gate is not None:
+            gate = jax.tree.map(lambda v: v[...], self.gate, is_leaf=lambda v: isinstance(v, nnx.Variable))
         return type(self)(self.ranks, a, bt, a_scale=a_scale, bt_scale=bt_scale, gate=gate)
 
 

@@ -44,7 +44,7 @@ class QuantSpec:
 
     @property
     def scale_dtype(self) -> jnp.dtype:
-        """Type that scales are stored in: float32 per channel; bfloat16 per group, where they would weigh a bit a code."""
+        """Type that scales are stored in: float32 per channel; bfloat16 per group, where there are many of them."""
         return jnp.dtype(jnp.float32 if self.group_size == -1 else jnp.bfloat16)
 
 

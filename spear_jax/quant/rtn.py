@@ -27,14 +27,11 @@ def round_to_nearest(weight: Float[Array, "*L N K"], spec: QuantSpec) -> QuantTe
 def _round(weight: Float[Array, "*L N K"], *, spec: QuantSpec) -> QuantTensor:
     groups = spec.groups(weight.shape[-1])
     w = weight.astype(jnp.float32).reshape(*weight.shape[:-1], groups, -1)
-    zero = None
-    if spec.symmetric:
-        scale = jnp.max(jnp.abs(w), axis=-1) / 7
-    else:
-        low, high = jnp.minimum(w.min(-1), 0), jnp.maximum(w.max(-1), 0)
-        scale = (high - low) / 15
+    low, high = jnp.minimum(w.min(-1), 0), jnp.maximum(w.max(-1), 0)
+    scale = jnp.maximum(-low, high) / 7 if spec.symmetric else (high - low) / 15
     scale = jnp.maximum(scale, _TINY).astype(spec.scale_dtype)
     steps = w / scale.astype(jnp.float32)[..., None]
+    zero = None
     if not spec.symmetric:
         zero = jnp.clip(-8 - jnp.round(low / scale.astype(jnp.float32)), -8, 7)
         steps = steps + zero[..., None]
