@@ -60,16 +60,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         counts = ("vocab_size", "num_layers", "num_heads", "num_kv_heads")
-        sizes = ("hidden_size", "intermediate_size", "head_dim", "max_position")
-        for name in counts + sizes:
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-        )
-        for name in sizes:
+        widths = ("hidden_size", "intermediate_size", "head_dim", "max_position")
+        for name in counts + widths:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
