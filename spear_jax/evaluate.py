@@ -1,0 +1,307 @@
+"""Measure a model: perplexity over a text and zero-shot tasks; one JSON object on stdout.
+
+uv run python -m spear_jax.evaluate --text FILE --max-windows 6 --quantize rtn
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from spear_jax.cli import parse_flags, run_main
+
+if TYPE_CHECKING:
+    from spear_jax.evaluation.scoring import ReportProgress
+    from spear_jax.models import LoadedModel
+    from spear_jax.models.decoder import Decoder
+
+WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
+
+_Bos = tyro.conf.create_mutex_group(required=False, title="beginning of sequence")
+_Zero = tyro.conf.create_mutex_group(required=False, title="zero points")
+_Flag = tyro.conf.FlagCreatePairsOff
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measure perplexity over a text, and zero-shot tasks, of a model as it is or quantized.
+
+    Perplexity is exp(mean next-token cross-entropy) over non-overlapping windows; it is measured when --text is given,
+    or when no --tasks are. Prints one JSON object on stdout; progress, and on a terminal a table, go to stderr.
+    """
+
+    model: str = "demo"
+    """`demo` (SmolLM2-135M-Instruct), a Hugging Face directory, a GGUF file, or a hub id `org/name`."""
+
+    text: Path | None = None
+    """Text file for perplexity. Without it: the WikiText-2 test split from the dataset hub."""
+
+    window: int = 1024
+    """Tokens in a window, BOS included."""
+
+    max_windows: int | None = None
+    """Measure the first windows only. Without it: all, and the shorter one at the end."""
+
+    bos: Annotated[bool, _Bos, _Flag] = False
+    """Begin each window and each task prompt with BOS. With neither flag: as the tokenizer does."""
+
+    no_bos: Annotated[bool, _Bos, _Flag] = False
+    """Never add BOS."""
+
+    quantize: Literal["none", "rtn"] = "none"
+    """Quantize the linear layers to int4 first: `rtn` rounds to nearest."""
+
+    group_size: Literal[-1, 32, 64, 128] = -1
+    """Input features that share a scale; -1 is one scale per output channel."""
+
+    symmetric: Annotated[bool, _Zero, _Flag] = False
+    """Quantize without zero points (the default)."""
+
+    asymmetric: Annotated[bool, _Zero, _Flag] = False
+    """Quantize with zero points."""
+
+    tasks: tuple[str, ...] = ()
+    """Zero-shot tasks, separated by commas or blanks: lambada, hellaswag, arc_easy, piqa, winogrande, or all."""
+
+    tasks_dir: Path | None = None
+    """Folder with the tasks' files. Without it: from the dataset hub."""
+
+    limit: int | None = None
+    """Score the first examples of each task only."""
+
+    batch_size: int | None = None
+    """Windows computed at a time; task batches hold about as many tokens. Default: 1 on CPU, 8 elsewhere."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights and activations; `auto` is float32 on CPU, bfloat16 elsewhere. The softmax is always float32."""
+
+    def __post_init__(self) -> None:
+        if self.window < 2:
+            raise ValueError(f"--window must be at least 2 tokens, got {self.window}")
+        for name in ("max_windows", "limit", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks asked for, in order, each once."""
+        from spear_jax.evaluation import TASKS
+
+        names = [name for item in self.tasks for name in item.split(",") if name]
+        return tuple(TASKS) if "all" in names else tuple(dict.fromkeys(names))
+
+    def as_json(self) -> dict[str, Any]:
+        """Give the settings, with each pair of flags as the one value it stands for."""
+        values: dict[str, Any] = dataclasses.asdict(self)
+        del values["no_bos"], values["asymmetric"]
+        return values | {
+            "text": None if self.text is None else str(self.text),
+            "tasks": list(self.task_names),
+            "tasks_dir": None if self.tasks_dir is None else str(self.tasks_dir),
+            "bos": True if self.bos else False if self.no_bos else None,
+            "symmetric": not self.asymmetric,
+        }
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Do what the command does; give its result as a JSON object.
+
+    Raises:
+        ValueError: An input is malformed, too short, or does not fit the model.
+        OSError: An input cannot be read.
+    """
+    import jax
+    import numpy as np
+
+    from spear_jax import models
+    from spear_jax.evaluation import load_examples, perplexity, run_task
+    from spear_jax.evaluation.tasks import find_task
+    from spear_jax.models.quantize import expand_model, weight_bytes
+
+    begin = time.perf_counter()
+    # What can be checked before the model takes its time to load is checked here.
+    for name in config.task_names:
+        find_task(name)
+    text = _read_text(config) if config.text is not None or not config.task_names else None
+    examples = {name: load_examples(name, tasks_dir=config.tasks_dir, limit=config.limit) for name in config.task_names}
+
+    loaded = models.load(config.model, dtype=config.dtype)
+    if config.window > loaded.config.max_position:
+        raise ValueError(f"--window {config.window} is longer than the model's {loaded.config.max_position} positions")
+    bos_id = _bos_id(config, loaded)
+    on_cpu = jax.default_backend() == "cpu"
+    stored = _quantize(loaded.model, config)
+    # Unpacking int4 in every step costs a CPU more than memory for the expanded weights.
+    model = expand_model(stored, stored.dtype) if on_cpu else stored
+    batch_size = config.batch_size or (1 if on_cpu else 8)
+    result: dict[str, Any] = {
+        "model": loaded.name,
+        "bits": round(_bits(stored), 4),
+        "model_bytes": weight_bytes(stored),
+        "bos": bos_id is not None,
+    }
+
+    if text is not None:
+        tokens = np.asarray(loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
+        start = time.perf_counter()
+        with _progress("perplexity") as progress:
+            measured = perplexity(
+                model,
+                tokens,
+                window=config.window,
+                bos_id=bos_id,
+                max_windows=config.max_windows,
+                batch_size=batch_size,
+                progress=progress,
+            )
+        seconds = time.perf_counter() - start
+        result |= {
+            "perplexity": measured.value,
+            "nll": measured.nll,
+            "tokens": measured.tokens,
+            "windows": measured.windows,
+            "predictions": measured.predictions,
+            "windows_per_second": round(measured.windows / seconds, 4),
+        }
+    if examples:
+        result["tasks"] = {}
+    for name, chosen in examples.items():
+        with _progress(name) as progress:
+            scored = run_task(
+                model,
+                loaded.tokenizer,
+                name,
+                chosen,
+                max_length=loaded.config.max_position,
+                bos_id=bos_id,
+                batch_tokens=batch_size * max(config.window, 1024),
+                progress=progress,
+            )
+        result["tasks"][name] = {**scored.metrics, "examples": scored.examples}
+    return result | {
+        "config": config.as_json(),
+        "dtype": str(stored.dtype),
+        "device": jax.devices()[0].device_kind,
+        "seconds": round(time.perf_counter() - begin, 3),
+        "versions": _versions(),
+    }
+
+
+def _read_text(config: EvaluateConfig) -> str:
+    from spear_jax.evaluation.tasks import load_hub_rows
+
+    if config.text is None:
+        rows = load_hub_rows(*WIKITEXT, instead="--text FILE")
+        return "\n\n".join(rows["text"])
+    try:
+        text = config.text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{config.text}: not UTF-8 text: {error}") from None
+    if not text.strip():
+        raise ValueError(f"{config.text}: the text is empty")
+    return text
+
+
+def _bos_id(config: EvaluateConfig, loaded: "LoadedModel") -> int | None:
+    """Give the id to begin with: where no flag says so, the one that the tokenizer itself puts before a text."""
+    bos_id = loaded.config.bos_id
+    if config.no_bos:
+        return None
+    if config.bos:
+        if bos_id is None:
+            raise ValueError(f"--bos: {loaded.name} has no BOS token")
+        return bos_id
+    return bos_id if bos_id is not None and loaded.tokenizer("a")["input_ids"][:1] == [bos_id] else None
+
+
+def _quantize(model: "Decoder", config: EvaluateConfig) -> "Decoder":
+    from spear_jax.models.quantize import quantize_model
+    from spear_jax.quant import QuantSpec
+
+    if config.quantize == "none":
+        return model
+    return quantize_model(model, QuantSpec(group_size=config.group_size, symmetric=not config.asymmetric))
+
+
+def _bits(model: "Decoder") -> float:
+    """Give the bits that a weight of the linear layers takes as stored, scales and zero points included."""
+    from spear_jax.models.decoder import MODULES
+    from spear_jax.models.quantize import weight_bytes
+
+    linears = [getattr(model.layers, name) for name in MODULES]
+    stored = sum(weight_bytes(linear.weight) for linear in linears)
+    return 8 * stored / sum(math.prod(linear.weight.shape) for linear in linears)
+
+
+def _versions() -> dict[str, str]:
+    names = ("spear-jax", "jax", "flax", "numpy", "transformers")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+@contextmanager
+def _progress(label: str) -> Iterator["ReportProgress"]:
+    """Show a bar on stderr while the block runs."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        row = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(row, completed=done, total=total)
+
+
+def _print_table(result: dict[str, Any]) -> None:
+    """Draw the result as a table on stderr; stdout holds the JSON object alone."""
+    from rich.console import Console
+    from rich.table import Table
+
+    settings = result["config"]
+    how = result["dtype"] if settings["quantize"] == "none" else f"{settings['quantize']}, {result['bits']:.2f} bits"
+    table = Table("measure", "value", "over", title=f"{result['model']} ({how})")
+    if "perplexity" in result:
+        table.add_row("perplexity", f"{result['perplexity']:.2f}", f"{result['windows']} windows")
+    for name, metrics in result.get("tasks", {}).items():
+        for metric in ("acc", "acc_norm", "perplexity"):
+            if metric in metrics:
+                error = metrics.get(f"{metric}_stderr")
+                value = f"{metrics[metric]:.2f}" if error is None else f"{metrics[metric]:.3f} ± {error:.3f}"
+                table.add_row(f"{name} {metric}", value, f"{metrics['examples']} examples")
+    Console(stderr=True).print(table)
+
+
+def main() -> None:
+    """Run the command line."""
+    run_main(lambda: _main(parse_flags(EvaluateConfig, prog="python -m spear_jax.evaluate")))
+
+
+def _main(config: EvaluateConfig) -> None:
+    result = evaluate(config)
+    print(json.dumps(result))
+    if sys.stderr.isatty():
+        _print_table(result)
+
+
+if __name__ == "__main__":
+    main()
