@@ -1,0 +1,1 @@
+"""Models read from Hugging Face directories and GGUF files."""
