@@ -135,7 +135,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     examples = {name: load_examples(name, tasks_dir=config.tasks_dir, limit=config.limit) for name in config.task_names}
 
     loaded = models.load(config.model, dtype=config.dtype)
-    if config.window > loaded.config.max_position:
+    if text is not None and config.window > loaded.config.max_position:
         raise ValueError(f"--window {config.window} is longer than the model's {loaded.config.max_position} positions")
     bos_id = _bos_id(config, loaded)
     on_cpu = jax.default_backend() == "cpu"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spear_jax.evaluation import TASKS, Example, load_examples, run_task
+from spear_jax.evaluation import TASKS, Example, load_examples, run_task, sequence_logprobs
 from spear_jax.evaluation.tasks import encode_pairs, parse_examples, score_pairs
 from spear_jax.models.decoder import Decoder
 from spear_jax.testing import random_weights, shared_data, tiny_config
@@ -178,26 +178,28 @@ def test_pairs_are_tokenized_as_one_text():
         encode_pairs(Letters(), [("", "z")])
 
 
-def test_scores_do_not_depend_on_the_batch():
+def test_scores_do_not_depend_on_the_bucket():
     config = tiny_config()
     model = Decoder.from_weights(config, random_weights(config), dtype=np.float32)
     rng = np.random.default_rng(3)
-    encoded = [
-        (rng.integers(0, 96, size).tolist(), tail) for size, tail in [(5, 2), (31, 9), (33, 1), (70, 12), (6, 5)]
-    ]
-    alone = [score_pairs(model, [pair], max_length=256)[0][0] for pair in encoded]
+    sizes = [(5, 2), (31, 9), (33, 1), (40, 12), (6, 5)]
+    encoded = [(rng.integers(0, 96, size).tolist(), tail) for size, tail in sizes]
+    tokens, mask = np.zeros((5, 48), np.int32), np.zeros((5, 48), np.bool_)
+    for row, (ids, tail) in enumerate(encoded):
+        tokens[row, : len(ids)] = ids
+        mask[row, len(ids) - tail : len(ids)] = True
+    expected, _ = sequence_logprobs(model, tokens, mask)
     steps = []
-    together, _ = score_pairs(
-        model, encoded, max_length=256, batch_tokens=64, progress=lambda *step: steps.append(step)
-    )
-    np.testing.assert_allclose(together, alone, rtol=1e-5)
-    assert steps[-1] == (5, 5)
+    scores, _ = score_pairs(model, encoded, max_length=256, batch_tokens=64, progress=lambda *step: steps.append(step))
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+    # Two rows of 32 tokens fit a batch, one row of 48.
+    assert steps == [(2, 5), (3, 5), (4, 5), (5, 5)]
+    # What does not fit loses its left end.
+    longer = (rng.integers(0, 96, 20).tolist() + encoded[3][0], 12)
+    cut, _ = score_pairs(model, [longer], max_length=40)
+    np.testing.assert_allclose(cut, expected[3:4], rtol=1e-5)
     with pytest.raises(ValueError, match=r"12 tokens does not fit the model's 12 positions"):
         score_pairs(model, encoded, max_length=12)
-    # What does not fit loses its left end.
-    cut, _ = score_pairs(model, [encoded[3]], max_length=40)
-    expected, _ = score_pairs(model, [(encoded[3][0][-40:], 12)], max_length=256)
-    np.testing.assert_allclose(cut, expected, rtol=1e-5)
 
 
 def test_metrics():
