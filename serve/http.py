@@ -1,0 +1,340 @@
+"""The OpenAI-compatible HTTP surface."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from serve.gateway import Gateway, Ticket
+from serve.metrics import CONTENT_TYPE
+from serve.request import BadParameterError, EngineDeadError, Output, QueueFullError, ShuttingDownError
+from serve.schema import ChatBody, CommonBody, CompletionBody
+
+_RETRY_SECONDS = "1"
+_CLIENT_GONE = 499
+
+type Prompts = list[tuple[int, ...]]
+
+
+class EngineError(RuntimeError):
+    """An answer ended because of the server, not the client."""
+
+    def __init__(self, output: Output):
+        super().__init__(output.error or "the engine failed")
+        self.status = 503 if output.finish_reason == "abort" else 500
+
+
+def create_app(gateway: Gateway, *, max_body_bytes: int) -> FastAPI:
+    """Build the application; it answers from the start and says 503 until `gateway.ready`."""
+    app = FastAPI(
+        title="spear-jax",
+        description="OpenAI-compatible server of 4-bit language models.",
+        max_body_size=max_body_bytes,
+        strict_content_type=False,
+    )
+    _handle_errors(app)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatBody, request: Request) -> Response:
+        return await _answer(gateway, request, body, _Chat(body), 1, lambda: gateway.chat_prompt(body))
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        prompts = len(body.prompts())
+        return await _answer(gateway, request, body, _Text(body), prompts, lambda: gateway.completion_prompts(body))
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [_model_card(gateway, name) for name in _names(gateway)]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        _check_model(gateway, name)
+        return JSONResponse(_model_card(gateway, name))
+
+    @app.get("/health")
+    async def health() -> Response:
+        problem = gateway.problem()
+        return JSONResponse({"status": problem or "ok"}, status_code=200 if problem is None else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        if gateway.metrics is None:
+            raise EngineDeadError("the server cannot answer: starting")
+        return Response(gateway.metrics.render(), media_type=CONTENT_TYPE)
+
+    return app
+
+
+async def _answer(
+    gateway: Gateway,
+    request: Request,
+    body: CommonBody,
+    shape: "_Shape",
+    prompts: int,
+    tokenize: Callable[[], Prompts],
+) -> Response:
+    """Check, admit, tokenize (off the event loop), and answer as a stream or in one piece."""
+    _check_model(gateway, body.model)
+    body.check()
+    ticket = gateway.admit(prompts * body.answers)
+    try:
+        ids = await asyncio.to_thread(tokenize)
+        ticket.submit(gateway.requests(ticket, body, ids))
+        if body.stream:
+            return _EventStream(ticket, _events(ticket, shape, include_usage=body.include_usage))
+    except BaseException:
+        ticket.close()
+        raise
+    try:
+        return await _unless_disconnected(request, _collect(ticket, shape))
+    finally:
+        ticket.close()
+
+
+async def _unless_disconnected(request: Request, answer: Awaitable[Response]) -> Response:
+    """Await an answer, but give it up as soon as the client goes away, which nothing else tells a handler."""
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    work, watch = asyncio.ensure_future(answer), asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+        return work.result() if work.done() else Response(status_code=_CLIENT_GONE)
+    finally:
+        work.cancel()
+        watch.cancel()
+
+
+async def _collect(ticket: Ticket, shape: "_Shape") -> Response:
+    texts, reasons, tokens = [""] * len(ticket.requests), ["stop"] * len(ticket.requests), 0
+    async for index, output in ticket.outputs():
+        if output.error is not None:
+            raise EngineError(output)
+        texts[index] += output.text
+        tokens += output.tokens
+        reasons[index] = output.finish_reason or reasons[index]
+    choices = [shape.whole(i, text, reason) for i, (text, reason) in enumerate(zip(texts, reasons, strict=True))]
+    head = {"id": shape.prefix + ticket.id, "object": shape.whole_object, "created": int(time.time()), "model": shape.model}
+    return JSONResponse(head | {"choices": choices, "usage": _usage(ticket, tokens)})
+
+
+async def _events(ticket: Ticket, shape: "_Shape", *, include_usage: bool) -> AsyncIterator[bytes]:
+    """Give the server-sent events of a streamed answer."""
+    head = {"id": shape.prefix + ticket.id, "object": shape.piece_object, "created": int(time.time()), "model": shape.model}
+    tail = {"usage": None} if include_usage else {}
+    tokens = 0
+    for index in range(len(ticket.requests)):
+        if (opening := shape.opening(index)) is not None:
+            yield _event(head | {"choices": [opening]} | tail)
+    async for index, output in ticket.outputs():
+        if output.error is not None:
+            kind = "server_error"
+            yield _event(_error_body(output.error, kind=kind, code="engine_error"))
+            return
+        tokens += output.tokens
+        pieces = shape.pieces(index, output.text, output.finish_reason)
+        if pieces:
+            yield b"".join(_event(head | {"choices": [piece]} | tail) for piece in pieces)
+    if include_usage:
+        yield _event(head | {"choices": [], "usage": _usage(ticket, tokens)})
+    yield b"data: [DONE]\n\n"
+
+
+def _event(body: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _usage(ticket: Ticket, tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": ticket.prompt_tokens,
+        "completion_tokens": tokens,
+        "total_tokens": ticket.prompt_tokens + tokens,
+    }
+
+
+class _EventStream(Response):
+    """Sends events, stops as soon as the client goes away, and closes the ticket whatever happens."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, ticket: Ticket, events: AsyncIterator[bytes]):
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self._ticket, self._events = ticket, events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def pump() -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for event in self._events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        tasks = {asyncio.ensure_future(pump()), asyncio.ensure_future(watch())}
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            self._ticket.close()
+            for task in tasks:
+                task.cancel()
+
+
+class _Shape:
+    """How one endpoint lays out its answers."""
+
+    prefix: str
+    whole_object: str
+    piece_object: str
+
+    def __init__(self, body: CommonBody):
+        self.model = body.model
+
+    def whole(self, index: int, text: str, reason: str) -> dict[str, Any]:
+        """Give the choice of an answer in one piece."""
+        raise NotImplementedError
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """Give the choice that opens a stream, if there is one."""
+        raise NotImplementedError
+
+    def pieces(self, index: int, text: str, reason: str | None) -> Sequence[dict[str, Any]]:
+        """Give the choices that carry new text and the end of an answer."""
+        raise NotImplementedError
+
+
+class _Chat(_Shape):
+    prefix, whole_object, piece_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def whole(self, index: int, text: str, reason: str) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        return _delta(index, {"role": "assistant", "content": ""}, None)
+
+    def pieces(self, index: int, text: str, reason: str | None) -> Sequence[dict[str, Any]]:
+        pieces = [_delta(index, {"content": text}, None)] if text else []
+        return pieces if reason is None else [*pieces, _delta(index, {}, reason)]
+
+
+def _delta(index: int, delta: dict[str, str], reason: str | None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+
+
+class _Text(_Shape):
+    prefix, whole_object, piece_object = "cmpl-", "text_completion", "text_completion"
+
+    def whole(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        return None
+
+    def pieces(self, index: int, text: str, reason: str | None) -> Sequence[dict[str, Any]]:
+        return [self.whole(index, text, reason)] if text or reason else []
+
+
+def _names(gateway: Gateway) -> tuple[str, ...]:
+    if gateway.model is None:
+        raise EngineDeadError("the server cannot answer: starting")
+    return gateway.model.names
+
+
+def _model_card(gateway: Gateway, name: str) -> dict[str, Any]:
+    assert gateway.model is not None
+    return {
+        "id": name,
+        "object": "model",
+        "created": gateway.model.created,
+        "owned_by": "spear-jax",
+        "max_model_len": gateway.model.context,
+    }
+
+
+class _UnknownModelError(Exception):
+    pass
+
+
+def _check_model(gateway: Gateway, name: str) -> None:
+    if name not in _names(gateway):
+        raise _UnknownModelError(f"the model {name!r} does not exist here; this server has {', '.join(_names(gateway))}")
+
+
+def _error_body(message: str, *, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _error(
+    status: int, message: str, *, param: str | None = None, code: str | None = None, retry: bool = False
+) -> JSONResponse:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    headers = {"retry-after": _RETRY_SECONDS} if retry else None
+    return JSONResponse(_error_body(message, kind=kind, param=param, code=code), status_code=status, headers=headers)
+
+
+def _handle_errors(app: FastAPI) -> None:
+    """Give every error OpenAI's shape and status."""
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            reason = first.get("ctx", {}).get("error", first["msg"])
+            return _error(400, f"the body is not valid JSON: {reason}", code="invalid_json")
+        location = [str(part) for part in first["loc"][1:]]
+        param = location[0] if location else None
+        where = ".".join(location) or "the body"
+        code = "missing_required_parameter" if first["type"] == "missing" else "invalid_type"
+        return _error(400, f"{where}: {first['msg']}", param=param, code=code)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 404:
+            return _error(404, f"there is no {request.method} {request.url.path} here", code="unknown_url")
+        if error.status_code == 413:
+            return _error(413, "the body is larger than this server takes", code="body_too_large")
+        return _error(error.status_code, str(error.detail))
+
+    @app.exception_handler(BadParameterError)
+    async def bad_parameter(_: Request, error: BadParameterError) -> Response:
+        return _error(400, str(error), param=error.param, code=error.code)
+
+    @app.exception_handler(_UnknownModelError)
+    async def unknown_model(_: Request, error: _UnknownModelError) -> Response:
+        return _error(404, str(error), param="model", code="model_not_found")
+
+    @app.exception_handler(QueueFullError)
+    async def queue_full(_: Request, error: QueueFullError) -> Response:
+        return _error(503, str(error), code="queue_full", retry=True)
+
+    @app.exception_handler(ShuttingDownError)
+    async def shutting_down(_: Request, error: ShuttingDownError) -> Response:
+        return _error(503, str(error), code="shutting_down", retry=True)
+
+    @app.exception_handler(EngineDeadError)
+    async def engine_dead(_: Request, error: EngineDeadError) -> Response:
+        return _error(503, str(error), code="not_ready", retry=True)
+
+    @app.exception_handler(EngineError)
+    async def engine_error(_: Request, error: EngineError) -> Response:
+        return _error(error.status, str(error), code="engine_error", retry=error.status == 503)
+
+    @app.exception_handler(Exception)
+    async def defect(_: Request, error: Exception) -> Response:
+        return _error(500, f"the server failed: {type(error).__name__}", code="internal_error")

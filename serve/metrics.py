@@ -1,0 +1,63 @@
+"""Prometheus metrics in vLLM's vocabulary under the prefix `spear:`."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from serve.request import FinishReason
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_TTFT_BUCKETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0)
+_ITL_BUCKETS = (0.002, 0.005, 0.008, 0.012, 0.016, 0.022, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+_REQUEST_BUCKETS = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 240.0)
+_TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+
+
+class Metrics:
+    """Everything `/metrics` shows, in a registry of its own. Times are seconds."""
+
+    def __init__(self, model_name: str):
+        self.registry = CollectorRegistry()
+        self._model_name = model_name
+        self.running = self._gauge("num_requests_running", "Requests that hold a slot.")
+        self.waiting = self._gauge("num_requests_waiting", "Requests waiting for a slot.")
+        self.kv_usage = self._gauge("kv_cache_usage_perc", "Share of the KV cache in use; 1 is all of it.")
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens prefilled.")
+        self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
+        self.rejected = self._counter("request_rejected", "Requests refused because the queue was full.")
+        self.compilations = self._counter(
+            "compilations_after_ready", "Programs compiled after the server said it was ready; more than 0 is a defect."
+        )
+        self.ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT_BUCKETS)
+        self.itl = self._histogram("inter_token_latency_seconds", "Gap between two tokens of an answer.", _ITL_BUCKETS)
+        self.tpot = self._histogram(
+            "request_time_per_output_token_seconds", "Mean gap between the tokens of an answer.", _ITL_BUCKETS
+        )
+        self.e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token.", _REQUEST_BUCKETS)
+        self.queue_time = self._histogram("request_queue_time_seconds", "Arrival to slot.", _REQUEST_BUCKETS)
+        self.request_prompt_tokens = self._histogram("request_prompt_tokens", "Prompt length.", _TOKEN_BUCKETS)
+        self.request_generation_tokens = self._histogram("request_generation_tokens", "Answer length.", _TOKEN_BUCKETS)
+        self._success = Counter(
+            "spear:request_success",
+            "Requests ended, by reason.",
+            ["model_name", "finished_reason"],
+            registry=self.registry,
+        )
+
+    def finished(self, reason: FinishReason) -> None:
+        """Count the end of a request."""
+        self._success.labels(self._model_name, reason).inc()
+
+    def render(self) -> bytes:
+        """Give the text that Prometheus scrapes."""
+        return generate_latest(self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"spear:{name}", text, ["model_name"], registry=self.registry).labels(self._model_name)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(f"spear:{name}", text, ["model_name"], registry=self.registry).labels(self._model_name)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(
+            f"spear:{name}", text, ["model_name"], registry=self.registry, buckets=buckets
+        ).labels(self._model_name)

@@ -1,0 +1,134 @@
+"""What a client asks of the engine, and what the engine answers; plain data without a device."""
+
+import dataclasses
+import math
+import threading
+import time
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class BadParameterError(ValueError):
+    """A value in a request that cannot be served; `param` names the field and `code` is OpenAI's word for the mistake."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_value"):
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class QueueFullError(RuntimeError):
+    """Raised at admission when as many requests wait as the server is configured to hold."""
+
+
+class ShuttingDownError(RuntimeError):
+    """Raised at admission once the server drains."""
+
+
+class EngineDeadError(RuntimeError):
+    """Raised at admission once the engine thread has failed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen and when it ends.
+
+    The filters apply in the order temperature, `min_p`, `top_k`, `top_p`; `temperature` 0 is greedy and ignores them,
+    `top_k` 0 keeps all. The same `seed` and prompt give the same tokens whatever else is being served.
+
+    Raises:
+        BadParameterError: A value lies outside its range; names the OpenAI field.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        check_range("temperature", self.temperature, low=0.0, high=2.0)
+        check_range("top_p", self.top_p, low=0.0, high=1.0, open_low=True)
+        check_range("min_p", self.min_p, low=0.0, high=1.0)
+        check_range("top_k", self.top_k, low=0, high=2**31 - 1)
+        check_range("max_tokens", self.max_tokens, low=1, high=2**31 - 1)
+        check_range("seed", self.seed, low=-(2**63), high=2**63 - 1)
+        if not all(self.stop):
+            raise BadParameterError("stop must not hold an empty string", param="stop")
+
+
+def check_range(param: str, value: float, *, low: float, high: float, open_low: bool = False) -> None:
+    """Refuse a value outside [low, high], or (low, high] with `open_low`.
+
+    Raises:
+        BadParameterError: It lies outside, or is not a number.
+    """
+    if math.isnan(value) or value > high or value < low or (open_low and value == low):
+        bracket = "(" if open_low else "["
+        raise BadParameterError(f"{param} must lie in {bracket}{low}, {high}], got {value}", param=param)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Output:
+    """A piece of an answer: new text, how many tokens it stands for, and on the last piece why it ended.
+
+    `tokens` counts generated tokens including a stop token that has no text. `error` is set when `finish_reason` is
+    `error` or `abort`.
+    """
+
+    text: str = ""
+    tokens: int = 0
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """One prompt on its way through the engine; compared by identity. `arrival` is `time.monotonic()` in seconds."""
+
+    id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    arrival: float = dataclasses.field(default_factory=time.monotonic)
+
+
+class Admission:
+    """Counts the requests inside the server and refuses more than `capacity`; thread-safe.
+
+    A place is reserved before any work (tokenizing included) is done for a request, and given back when its answer ended
+    or its client went away, so that a burst can never queue more than was promised.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self._held = 0
+        self._lock = threading.Lock()
+
+    @property
+    def held(self) -> int:
+        """The number of places taken."""
+        return self._held
+
+    def reserve(self, count: int = 1) -> None:
+        """Take `count` places, all or none.
+
+        Raises:
+            BadParameterError: More places than the server has; waiting would not help.
+            QueueFullError: Too few are free now.
+        """
+        if count > self.capacity:
+            raise BadParameterError(f"one call asks for {count} answers, this server holds {self.capacity} at most", param="n")
+        with self._lock:
+            if self._held + count > self.capacity:
+                raise QueueFullError(f"{self._held} requests are already in the server, which holds {self.capacity}")
+            self._held += count
+
+    def release(self, count: int = 1) -> None:
+        """Give back `count` places."""
+        with self._lock:
+            assert self._held >= count, "more places released than reserved"
+            self._held -= count

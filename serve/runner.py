@@ -1,0 +1,149 @@
+"""The device side of the engine: jitted prefill and decode steps over donated state."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from serve.cache import KVCache, allocate, batch_attend, slot_attend
+from serve.request import SamplingParams
+from serve.sampling import SamplingState, sample
+from spear_jax.models.decoder import Decoder
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceState:
+    """What a step reads and replaces, donated each time.
+
+    `token` [S] is the last token of each slot, not yet in the cache; `length` [S] counts those that are.
+    """
+
+    cache: KVCache
+    token: Any
+    length: Any
+    sampling: SamplingState
+
+
+class Runner:
+    """Holds a model and the state of S slots on the device, and enqueues steps; owned by one thread.
+
+    Calls return at once with device arrays. The model's arrays are flattened once: flattening the module tree on every
+    call would cost more Python than the rest of a step. A lone request decodes in a program of its own that reads one slot;
+    otherwise all S slots run, so what a request gets does not depend on which others are there.
+    """
+
+    def __init__(self, model: Decoder, *, slots: int, context: int, buckets: Sequence[int], lone_program: bool):
+        self.slots = slots
+        self.buckets = tuple(sorted(buckets))
+        self._leaves, tree = jax.tree.flatten(model)
+        dtype = model.dtype
+        stacked = not hasattr(model.layers, "__len__")
+        cache = allocate(
+            model.config, slots=slots, context=context, padding=self.buckets[-1], dtype=dtype, stacked=stacked
+        )
+        self.cache_bytes = cache.nbytes
+        self._state = DeviceState(
+            cache=cache,
+            token=jnp.zeros(slots, jnp.int32),
+            length=jnp.zeros(slots, jnp.int32),
+            sampling=jax.tree.map(jnp.asarray, SamplingState.of([SamplingParams(max_tokens=1, temperature=0.0)] * slots)),
+        )
+        self._prefill = _jit(tree, _prefill)
+        self._decode_all = _jit(tree, _decode_all)
+        self._decode_one = _jit(tree, _decode_one) if lone_program and slots > 1 else None
+
+    def prefill(
+        self, tokens: Sequence[int], *, slot: int, start: int, bucket: int, last: bool, params: SamplingParams
+    ) -> Int[Array, ""]:
+        """Run `tokens` of a prompt from position `start` in a slot; with `last`, the result is the first new token."""
+        padded = np.zeros((1, bucket), np.int32)
+        padded[0, : len(tokens)] = tokens
+        place = np.array([slot, start, len(tokens), last], np.int32)
+        token, self._state = self._prefill(self._leaves, self._state, padded, place, SamplingState.of([params]))
+        return token
+
+    def decode(self, active: Bool[np.ndarray, " S"]) -> Int[Array, " S"]:
+        """Give every active slot its next token; other entries mean nothing."""
+        if self._decode_one is not None and active.sum() == 1:
+            token, self._state = self._decode_one(self._leaves, self._state, np.int32(active.argmax()))
+        else:
+            token, self._state = self._decode_all(self._leaves, self._state, active)
+        return token
+
+    def warm_up(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """Yield the name of each program and a call that compiles and runs it once."""
+        greedy = SamplingParams(max_tokens=1, temperature=0.0)
+
+        def prefill(bucket: int) -> None:
+            self.prefill([0] * bucket, slot=0, start=0, bucket=bucket, last=True, params=greedy).block_until_ready()
+
+        def decode(count: int) -> None:
+            self.decode(np.arange(self.slots) < count).block_until_ready()
+
+        for bucket in self.buckets:
+            yield f"prefill {bucket}", functools.partial(prefill, bucket)
+        if self._decode_one is not None:
+            yield "decode 1", functools.partial(decode, 1)
+        yield f"decode {self.slots}", functools.partial(decode, self.slots)
+
+
+def _jit(tree: Any, step: Callable[..., tuple[Array, DeviceState]]) -> Callable[..., tuple[Array, DeviceState]]:
+    """Compile `step(model, state, ...)` as a function of the model's arrays, with the state donated."""
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    @functools.wraps(step)
+    def run(leaves: list[Array], state: DeviceState, *args: Any) -> tuple[Array, DeviceState]:
+        return step(jax.tree.unflatten(tree, leaves), state, *args)
+
+    return run
+
+
+def _prefill(
+    model: Decoder, state: DeviceState, tokens: Int[Array, "1 T"], place: Int[Array, "4"], params: SamplingState
+) -> tuple[Int[Array, ""], DeviceState]:
+    slot, start, length, last = place
+    positions = (start + jnp.arange(tokens.shape[1], dtype=jnp.int32))[None]
+    hidden, cache = model(tokens, positions, attend=slot_attend(slot, positions), cache=state.cache)
+    end = start + length
+
+    def first_token() -> Int[Array, "1"]:
+        final = jax.lax.dynamic_index_in_dim(hidden, length - 1, axis=1, keepdims=False)
+        return sample(model.logits(final), params, end[None])
+
+    token = jax.lax.cond(last > 0, first_token, lambda: jnp.zeros(1, jnp.int32))
+    return token[0], DeviceState(
+        cache=cache,
+        token=state.token.at[slot].set(token[0]),
+        length=state.length.at[slot].set(end),
+        sampling=jax.tree.map(lambda old, new: old.at[slot].set(new[0]), state.sampling, params),
+    )
+
+
+def _decode_all(model: Decoder, state: DeviceState, active: Bool[Array, " S"]) -> tuple[Int[Array, " S"], DeviceState]:
+    positions = jnp.where(active, state.length, state.cache.length - 1)
+    hidden, cache = model(
+        state.token[:, None], positions[:, None], attend=batch_attend(positions, active), cache=state.cache
+    )
+    token = jnp.where(active, sample(model.logits(hidden[:, 0]), _active_only(state.sampling, active), positions + 1), state.token)
+    return token, dataclasses.replace(state, cache=cache, token=token, length=state.length + active)
+
+
+def _active_only(sampling: SamplingState, active: Bool[Array, " S"]) -> SamplingState:
+    """Make idle slots greedy, so that what they last asked for costs nothing."""
+    return dataclasses.replace(sampling, temperature=jnp.where(active, sampling.temperature, 0.0))
+
+
+def _decode_one(model: Decoder, state: DeviceState, slot: Int[Array, ""]) -> tuple[Int[Array, " S"], DeviceState]:
+    position = state.length[slot][None]
+    hidden, cache = model(
+        state.token[slot][None, None], position[:, None], attend=slot_attend(slot, position[:, None]), cache=state.cache
+    )
+    params = jax.tree.map(lambda leaf: leaf[slot][None], state.sampling)
+    token = state.token.at[slot].set(sample(model.logits(hidden[:, 0]), params, position + 1)[0])
+    return token, dataclasses.replace(state, cache=cache, token=token, length=state.length.at[slot].add(1))

@@ -1,0 +1,198 @@
+"""Bodies of the OpenAI-compatible endpoints, and what they mean to the engine."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+from serve.request import BadParameterError, SamplingParams, check_range
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's default of `max_tokens` in text completions; chat answers run to the end of the context."""
+
+_MAX_STOPS = 16
+_MAX_N = 16
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is no character") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+StopString = Annotated[str, StringConstraints(max_length=1024), AfterValidator(_encodable)]
+TokenId = Annotated[int, Field(strict=True, ge=0)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "logprobs": (None, False),
+    "top_logprobs": (None,),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "logit_bias": (None, {}),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "repetition_penalty": (None, 1),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "prediction": (None,),
+    "web_search_options": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "structured_outputs": (None,),
+    "prompt_logprobs": (None,),
+    "use_beam_search": (None, False),
+    "min_tokens": (None, 0),
+}
+"""Fields that would change the answer and that this server does not have, with the values that ask for nothing."""
+
+
+class StreamOptions(BaseModel):
+    """Options of a streamed answer."""
+
+    include_usage: bool = False
+
+
+class CommonBody(BaseModel):
+    """What chat and text completions share; unknown fields are ignored, as OpenAI's clients send new ones all the time."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    max_tokens: Annotated[int, Field(strict=True)] | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: Annotated[int, Field(strict=True)] | None = None
+    min_p: Number | None = None
+    seed: Annotated[int, Field(strict=True)] | None = None
+    n: Annotated[int, Field(strict=True)] | None = None
+    stop: StopString | list[StopString] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    ignore_eos: bool = False
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    def check(self) -> None:
+        """Refuse what this server cannot do rather than answer something else than was asked.
+
+        Raises:
+            BadParameterError: Names the field.
+        """
+        for name, harmless in UNSUPPORTED.items():
+            value = (self.model_extra or {}).get(name)
+            if not any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in harmless):
+                raise BadParameterError(
+                    f"{name} is not supported by this server", param=name, code="unsupported_parameter"
+                )
+        check_range("n", self.answers, low=1, high=_MAX_N)
+        if len(self.stops) > _MAX_STOPS:
+            raise BadParameterError(f"stop holds {len(self.stops)} strings, at most {_MAX_STOPS} are taken", param="stop")
+        if self.stream_options is not None and not self.stream:
+            raise BadParameterError("stream_options is only allowed when stream is true", param="stream_options")
+
+    @property
+    def answers(self) -> int:
+        """How many answers each prompt gets."""
+        return 1 if self.n is None else self.n
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a streamed answer ends with a chunk that holds the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def requested_tokens(self) -> int | None:
+        """Give the limit on generated tokens that the client set, or None."""
+        return self.max_tokens
+
+    def sampling(self, *, room: int, eos_ids: tuple[int, ...], fallback_seed: int) -> SamplingParams:
+        """Give the engine's parameters for an answer that may have `room` tokens at most.
+
+        Raises:
+            BadParameterError: A value is out of range.
+        """
+        limit = self.requested_tokens()
+        if limit is not None:
+            check_range("max_tokens", limit, low=1, high=2**31 - 1)
+        top_k = 0 if self.top_k in (None, -1) else self.top_k
+        return SamplingParams(
+            max_tokens=room if limit is None else min(limit, room),
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=top_k or 0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=0.0 if self.min_p is None else self.min_p,
+            seed=fallback_seed if self.seed is None else self.seed,
+            stop=self.stops,
+            stop_token_ids=frozenset(() if self.ignore_eos else eos_ids) | frozenset(self.stop_token_ids or ()),
+        )
+
+
+class CompletionBody(CommonBody):
+    """Body of `POST /v1/completions`: one prompt or several, as text or token ids."""
+
+    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]]
+
+    def prompts(self) -> list[str | list[int]]:
+        """Give the prompts one by one.
+
+        Raises:
+            BadParameterError: There is none.
+        """
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if not prompt:
+            raise BadParameterError("prompt must not be an empty list", param="prompt")
+        if isinstance(prompt[0], int):
+            return [[token for token in prompt if isinstance(token, int)]]
+        return [item for item in prompt if not isinstance(item, int)]
+
+    def requested_tokens(self) -> int:
+        """Give the limit on generated tokens: OpenAI's default of 16 unless set."""
+        return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+
+
+class TextPart(BaseModel):
+    """A part of a chat message; only text can be served."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(BaseModel):
+    """A chat message; `content` parts are joined."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    role: Annotated[str, StringConstraints(max_length=64), AfterValidator(_encodable)]
+    content: Text | list[TextPart] | None = None
+
+    def plain(self) -> dict[str, str]:
+        """Give the message as chat templates take it."""
+        content = self.content or ""
+        return {"role": self.role, "content": content if isinstance(content, str) else "".join(p.text for p in content)}
+
+
+class ChatBody(CommonBody):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(strict=True)] | None = None
+
+    def requested_tokens(self) -> int | None:
+        """Give the limit on generated tokens that the client set, or None for the rest of the context."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens

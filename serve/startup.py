@@ -1,0 +1,167 @@
+"""From a configuration to a running engine, saying what happens and how long each phase takes."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from serve.config import ServeConfig
+from serve.engine import Engine
+from serve.gateway import Gateway, ModelInfo
+from serve.metrics import Metrics
+from serve.runner import Runner
+from serve.scheduler import SlotScheduler
+from spear_jax.models.decoder import Decoder, unstack
+from spear_jax.models.quantize import expand_model, quantize_model, weight_bytes
+from spear_jax.quant import QuantSpec
+
+log = logging.getLogger(__name__)
+
+_DEFAULT_CONTEXT = 2048
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class Phases:
+    """Shows the phases of a start: a live display on a terminal, and a line with the seconds when each is done."""
+
+    def __init__(self, console: Console):
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._begin = time.monotonic()
+
+    def __enter__(self) -> "Phases":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    @contextlib.contextmanager
+    def phase(self, name: str, *, steps: int = 1) -> Iterator[None]:
+        """Time a phase of `steps` parts; `advance` ends a part."""
+        self._task = self._progress.add_task(name, total=steps)
+        begin = time.monotonic()
+        yield
+        self._progress.remove_task(self._task)
+        log.info("%s: %.1f s", name, time.monotonic() - begin)
+
+    def advance(self, description: str) -> None:
+        """Say what the current phase does now, and that the part before is done."""
+        self._progress.update(self._task, description=description, advance=1)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._begin
+
+
+def start_engine(config: ServeConfig, gateway: Gateway, console: Console) -> Engine:
+    """Load, quantize and compile a model, start its engine, and open the gateway to requests.
+
+    Raises:
+        ValueError, OSError: The model or the settings cannot be used.
+    """
+    from spear_jax.models import load
+
+    with Phases(console) as phases:
+        with phases.phase("load"):
+            loaded = load(config.model, dtype=config.dtype)
+        context = _context(config, loaded.config.max_position)
+        with phases.phase("quantize" if config.quantize == "rtn" else "prepare weights"):
+            model, description = _prepare(loaded.model, config)
+            name, tokenizer, architecture = loaded.name, loaded.tokenizer, loaded.config
+            del loaded
+        runner = Runner(
+            model,
+            slots=config.max_slots,
+            context=context,
+            buckets=config.prefill_buckets,
+            lone_program=jax.default_backend() == "cpu",
+        )
+        programs = list(runner.warm_up())
+        with phases.phase("compile", steps=len(programs)):
+            for program, compile_and_run in programs:
+                begin = time.monotonic()
+                compile_and_run()
+                phases.advance(f"compile {program}")
+                log.info("compile %s: %.1f s", program, time.monotonic() - begin)
+        log.info(
+            "%s: %s, %.0f MiB; KV cache %.0f MiB for %d slots of %d tokens; started in %.1f s",
+            name,
+            description,
+            weight_bytes(model) / 2**20,
+            runner.cache_bytes / 2**20,
+            config.max_slots,
+            context,
+            phases.seconds,
+        )
+    names = (config.served_model_name,) if config.served_model_name else (name, config.model)
+    metrics = Metrics(names[0])
+    backend = tokenizer.backend_tokenizer
+    engine = Engine(
+        runner,
+        SlotScheduler(num_slots=config.max_slots, buckets=config.prefill_buckets, stall_tokens=config.stall_tokens),
+        decode=lambda ids: backend.decode(ids, skip_special_tokens=True),
+        deliver=gateway.deliver,
+        metrics=metrics,
+        context=context,
+    )
+    info = ModelInfo(
+        names=tuple(dict.fromkeys(names)),
+        tokenizer=tokenizer,
+        context=context,
+        vocab_size=architecture.vocab_size,
+        bos_id=architecture.bos_id,
+        eos_ids=architecture.eos_ids,
+    )
+    count_compilations(metrics)
+    engine.start()
+    gateway.ready(engine, info, metrics, stuck_seconds=config.stuck_seconds)
+    return engine
+
+
+def count_compilations(metrics: Metrics) -> None:
+    """Count every program that XLA compiles or fetches from the cache from now on; after warm-up there should be none."""
+
+    def listen(event: str, _: float, **__: object) -> None:
+        if event == _COMPILE_EVENT:
+            metrics.compilations.inc()
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+
+
+def _context(config: ServeConfig, max_position: int) -> int:
+    if config.max_context is None:
+        return min(_DEFAULT_CONTEXT, max_position)
+    if config.max_context > max_position:
+        raise ValueError(f"max_context {config.max_context} is more than the {max_position} positions of the model")
+    return config.max_context
+
+
+def _prepare(model: Decoder, config: ServeConfig) -> tuple[Decoder, str]:
+    """Quantize and lay out the weights for serving; says what was done."""
+    cpu = jax.default_backend() == "cpu"
+    description = f"{jnp.dtype(model.dtype).name} weights as loaded"
+    if config.quantize == "rtn":
+        spec = QuantSpec(group_size=config.group_size)
+        groups = "a channel" if config.group_size == -1 else f"groups of {config.group_size}"
+        description = f"int4 weights rounded to nearest, symmetric, {groups}"
+        model = quantize_model(model, spec)
+        if config.weights == "expanded" or (config.weights == "auto" and cpu):
+            description += f", expanded to {jnp.dtype(model.dtype).name}"
+            model = expand_model(model, model.dtype)
+    return jax.block_until_ready(unstack(model) if cpu else model), description
