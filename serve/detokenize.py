@@ -43,9 +43,10 @@ class Detokenizer:
         return delta
 
     def _restart(self, window: list[int]) -> None:
-        """Decode from these ids on, all of whose text is out."""
+        """Decode from these ids on, whose whole characters are out; the window never begins inside one."""
         text = self._decode(window) if window else ""
-        self._window, self._settled, self._sent = window, len(window), text.rstrip(REPLACEMENT)
+        self._window, self._sent = window, text.rstrip(REPLACEMENT)
+        self._settled = len(window) if self._sent == text else 0
 
 
 class StopMatcher:
