@@ -107,11 +107,12 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, source: str) -> "PreTrai
         case _:
             raise ValueError(f"{source}: tokenizer model {model!r} is not supported (only gpt2 and llama)")
 
-    backend.add_special_tokens(
-        [AddedToken(t, normalized=False, special=True) for t, kind in zip(tokens, types, strict=True) if kind == _CONTROL]
-    )
     backend.add_tokens(
-        [AddedToken(t, normalized=False, special=False) for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
+        [
+            AddedToken(text, normalized=False, special=kind == _CONTROL)
+            for text, kind in zip(tokens, types, strict=True)
+            if kind in (_CONTROL, _USER_DEFINED)
+        ]
     )
 
     def token(name: str) -> str | None:
@@ -145,7 +146,6 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, source: str) -> "PreTrai
         pad_token=token("padding"),
         chat_template=metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
-        model_max_length=int(metadata.get(f"{metadata.get('general.architecture')}.context_length", 2**30)),
     )
 
 
@@ -157,7 +157,7 @@ def end_token_ids(tokenizer: "PreTrainedTokenizerFast") -> tuple[int, ...]:
 
 
 class _Uncopied:
-    """A backend that `copy.deepcopy` gives back itself: the wrapper copies it, which takes seconds for 262,144 tokens."""
+    """A backend that `copy.deepcopy` gives back itself: the wrapper copies it, seconds for 262,144 tokens."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self.backend = backend
@@ -228,7 +228,7 @@ def _sentencepiece(read: _Metadata, tokens: list[str], types: list[int]) -> toke
 
 
 def _merges(tokens: list[str], types: list[int], scores: list[float], vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """List the pairs that make up each token, best score first: sentencepiece merges the pair whose union scores best."""
+    """List the pairs that make up each token, best first: sentencepiece merges the pair whose union scores best."""
     normal = [i for i, kind in enumerate(types) if kind == 1 and len(tokens[i]) > 1]
     normal.sort(key=lambda i: -scores[i])
     return [

@@ -30,9 +30,9 @@ class Name:
 class Family:
     """What a family of models needs to be read from either format.
 
-    `hf_norm_offset` is what Hugging Face adds to a norm weight when it applies it. `gguf_interleaved` lists the rows that
-    llama.cpp stores with the two halves of each head interleaved. Tensors whose Hugging Face name starts with one of
-    `hf_ignored` belong to parts that are not the decoder; `hf_prefix` is dropped from the other names.
+    `hf_norm_offset` is what Hugging Face adds to a norm weight when it applies it. `gguf_interleaved` lists the rows
+    that llama.cpp stores with the two halves of each head interleaved. Tensors whose Hugging Face name starts with one
+    of `hf_ignored` belong to parts that are not the decoder; `hf_prefix` is dropped from the other names.
     """
 
     names: tuple[Name, ...]
@@ -100,7 +100,7 @@ class Assembly:
         """
         slot = self._missing.pop(name)
         if shape != slot.shape:
-            raise ValueError(f"tensor {name} has shape {list(shape)}, expected {list(slot.shape)} from the configuration")
+            raise ValueError(f"tensor {name} has shape {list(shape)}, the configuration says {list(slot.shape)}")
         if slot.key not in self._weights:
             # np.empty touches no page: memory grows as tensors arrive.
             dtype = np.dtype(np.float32) if len(slot.shape) == 1 else self._dtypes[slot.key]

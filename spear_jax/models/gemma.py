@@ -24,10 +24,16 @@ NAMES = (
         gguf="blk.*.post_attention_norm.weight",
     ),
     Name(key="layers.mlp_norm.weight", hf=f"{_LAYER}.pre_feedforward_layernorm.weight", gguf="blk.*.ffn_norm.weight"),
-    Name(key="layers.mlp_out_norm.weight", hf=f"{_LAYER}.post_feedforward_layernorm.weight", gguf="blk.*.post_ffw_norm.weight"),
+    Name(
+        key="layers.mlp_out_norm.weight",
+        hf=f"{_LAYER}.post_feedforward_layernorm.weight",
+        gguf="blk.*.post_ffw_norm.weight",
+    ),
     Name(key="layers.q_norm.weight", hf=f"{_LAYER}.self_attn.q_norm.weight", gguf="blk.*.attn_q_norm.weight"),
     Name(key="layers.k_norm.weight", hf=f"{_LAYER}.self_attn.k_norm.weight", gguf="blk.*.attn_k_norm.weight"),
 )
+
+_OUTER_KEYS = ("bos_token_id", "eos_token_id", "tie_word_embeddings")
 
 GLOBAL_THETA, LOCAL_THETA = 1_000_000.0, 10_000.0
 GLOBAL_EVERY = 6
@@ -38,7 +44,7 @@ def gemma3_from_hf(settings: Settings) -> ModelConfig:
     """Read config.json of a Gemma3ForCausalLM, or the text part of a Gemma3ForConditionalGeneration."""
     if (text := settings.get("text_config")) is not None:
         # The outer file names the end tokens and the head that the text part leaves to its defaults.
-        shared = {key: settings.get(key) for key in ("eos_token_id", "bos_token_id", "tie_word_embeddings") if settings.has(key)}
+        shared = {key: settings.get(key) for key in _OUTER_KEYS if settings.has(key)}
         settings = Settings(shared | text, source=settings.source)
     settings.refuse("hidden_activation", "gelu_pytorch_tanh")
     settings.refuse("attention_bias", False)
@@ -103,7 +109,11 @@ def _gemma_fields(fields: dict[str, Any]) -> dict[str, Any]:
 def _hf_rope(settings: Settings) -> dict[str, Any]:
     """Read bases and scaling: one set of `rope_parameters` for each type of layer, or the older three keys."""
     by_type = settings.get("rope_parameters", {})
-    full = {"rope_theta": settings.get("rope_theta")} | by_type.get("full_attention", {}) | settings.get("rope_scaling", {})
+    full = (
+        {"rope_theta": settings.get("rope_theta")}
+        | by_type.get("full_attention", {})
+        | settings.get("rope_scaling", {})
+    )
     local = {"rope_theta": settings.get("rope_local_base_freq")} | by_type.get("sliding_attention", {})
     if hf_rope_scaling(local, source=settings.source) is not None:
         raise ValueError(f"{settings.source}: rope scaling of sliding_attention layers is not supported: {local}")

@@ -102,7 +102,8 @@ class _File:
 
     def dtype(self, name: str) -> np.dtype:
         if self._dtypes[name] not in _DTYPES:
-            raise ValueError(f"{self.path}: tensor {name} has dtype {self._dtypes[name]}, expected {', '.join(_DTYPES)}")
+            supported = ", ".join(_DTYPES)
+            raise ValueError(f"{self.path}: tensor {name} has dtype {self._dtypes[name]}, expected one of {supported}")
         return _DTYPES[self._dtypes[name]]
 
 

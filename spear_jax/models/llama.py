@@ -4,19 +4,20 @@ from spear_jax.config import ModelConfig
 from spear_jax.models.assembly import Family, Name
 from spear_jax.models.settings import Settings, gguf_fields, gguf_rope_scaling, hf_fields, hf_rope
 
+_LAYER = "model.layers.*"
 NAMES = (
     Name(key="embed.weight", hf="model.embed_tokens.weight", gguf="token_embd.weight"),
     Name(key="final_norm.weight", hf="model.norm.weight", gguf="output_norm.weight"),
     Name(key="head.weight", hf="lm_head.weight", gguf="output.weight"),
-    Name(key="layers.input_norm.weight", hf="model.layers.*.input_layernorm.weight", gguf="blk.*.attn_norm.weight"),
-    Name(key="layers.qkv.weight", rows="q", hf="model.layers.*.self_attn.q_proj.weight", gguf="blk.*.attn_q.weight"),
-    Name(key="layers.qkv.weight", rows="k", hf="model.layers.*.self_attn.k_proj.weight", gguf="blk.*.attn_k.weight"),
-    Name(key="layers.qkv.weight", rows="v", hf="model.layers.*.self_attn.v_proj.weight", gguf="blk.*.attn_v.weight"),
-    Name(key="layers.o.weight", hf="model.layers.*.self_attn.o_proj.weight", gguf="blk.*.attn_output.weight"),
-    Name(key="layers.mlp_norm.weight", hf="model.layers.*.post_attention_layernorm.weight", gguf="blk.*.ffn_norm.weight"),
-    Name(key="layers.gate_up.weight", rows="gate", hf="model.layers.*.mlp.gate_proj.weight", gguf="blk.*.ffn_gate.weight"),
-    Name(key="layers.gate_up.weight", rows="up", hf="model.layers.*.mlp.up_proj.weight", gguf="blk.*.ffn_up.weight"),
-    Name(key="layers.down.weight", hf="model.layers.*.mlp.down_proj.weight", gguf="blk.*.ffn_down.weight"),
+    Name(key="layers.input_norm.weight", hf=f"{_LAYER}.input_layernorm.weight", gguf="blk.*.attn_norm.weight"),
+    Name(key="layers.qkv.weight", rows="q", hf=f"{_LAYER}.self_attn.q_proj.weight", gguf="blk.*.attn_q.weight"),
+    Name(key="layers.qkv.weight", rows="k", hf=f"{_LAYER}.self_attn.k_proj.weight", gguf="blk.*.attn_k.weight"),
+    Name(key="layers.qkv.weight", rows="v", hf=f"{_LAYER}.self_attn.v_proj.weight", gguf="blk.*.attn_v.weight"),
+    Name(key="layers.o.weight", hf=f"{_LAYER}.self_attn.o_proj.weight", gguf="blk.*.attn_output.weight"),
+    Name(key="layers.mlp_norm.weight", hf=f"{_LAYER}.post_attention_layernorm.weight", gguf="blk.*.ffn_norm.weight"),
+    Name(key="layers.gate_up.weight", rows="gate", hf=f"{_LAYER}.mlp.gate_proj.weight", gguf="blk.*.ffn_gate.weight"),
+    Name(key="layers.gate_up.weight", rows="up", hf=f"{_LAYER}.mlp.up_proj.weight", gguf="blk.*.ffn_up.weight"),
+    Name(key="layers.down.weight", hf=f"{_LAYER}.mlp.down_proj.weight", gguf="blk.*.ffn_down.weight"),
 )
 
 
@@ -35,7 +36,7 @@ def llama_from_hf(settings: Settings) -> ModelConfig:
 
 
 def mistral_from_hf(settings: Settings) -> ModelConfig:
-    """Read config.json of a MistralForCausalLM, whose window is 4,096 where the file does not name it and none where it says null."""
+    """Read config.json of a MistralForCausalLM; its window is 4,096 where not named, and none where null."""
     settings.refuse("hidden_act", "silu")
     return ModelConfig(
         family="llama",

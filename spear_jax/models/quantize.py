@@ -33,6 +33,15 @@ def expand_model(model: Decoder, dtype: Any) -> Decoder:
     return _map_linears(model, weight_of)
 
 
+def cast_model(model: Decoder, dtype: Any) -> Decoder:
+    """Give the model with its floating weights in `dtype`; int4 weights keep their codes and scales."""
+
+    def cast(leaf: Any) -> Any:
+        return leaf if isinstance(leaf, QuantTensor) or not jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(dtype)
+
+    return jax.tree.map(cast, model, is_leaf=lambda leaf: isinstance(leaf, QuantTensor))
+
+
 def _map_linears(model: Decoder, weight_of: Any) -> Decoder:
     layers = jax.tree.map(lambda leaf: leaf, model.layers)
     for name in MODULES:

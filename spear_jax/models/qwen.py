@@ -7,13 +7,14 @@ from spear_jax.models import llama
 from spear_jax.models.assembly import Family, Name
 from spear_jax.models.settings import Settings, gguf_fields, gguf_rope_scaling, hf_fields, hf_layer_is_global, hf_rope
 
+_LAYER = "model.layers.*"
 NAMES = (
     *llama.NAMES,
-    Name(key="layers.qkv.bias", rows="q", hf="model.layers.*.self_attn.q_proj.bias", gguf="blk.*.attn_q.bias"),
-    Name(key="layers.qkv.bias", rows="k", hf="model.layers.*.self_attn.k_proj.bias", gguf="blk.*.attn_k.bias"),
-    Name(key="layers.qkv.bias", rows="v", hf="model.layers.*.self_attn.v_proj.bias", gguf="blk.*.attn_v.bias"),
-    Name(key="layers.q_norm.weight", hf="model.layers.*.self_attn.q_norm.weight", gguf="blk.*.attn_q_norm.weight"),
-    Name(key="layers.k_norm.weight", hf="model.layers.*.self_attn.k_norm.weight", gguf="blk.*.attn_k_norm.weight"),
+    Name(key="layers.qkv.bias", rows="q", hf=f"{_LAYER}.self_attn.q_proj.bias", gguf="blk.*.attn_q.bias"),
+    Name(key="layers.qkv.bias", rows="k", hf=f"{_LAYER}.self_attn.k_proj.bias", gguf="blk.*.attn_k.bias"),
+    Name(key="layers.qkv.bias", rows="v", hf=f"{_LAYER}.self_attn.v_proj.bias", gguf="blk.*.attn_v.bias"),
+    Name(key="layers.q_norm.weight", hf=f"{_LAYER}.self_attn.q_norm.weight", gguf="blk.*.attn_q_norm.weight"),
+    Name(key="layers.k_norm.weight", hf=f"{_LAYER}.self_attn.k_norm.weight", gguf="blk.*.attn_k_norm.weight"),
 )
 
 

@@ -67,9 +67,8 @@ class Settings:
         """
         value = self.get(key)
         if value is not None and value not in allowed:
-            raise ValueError(
-                f"{self.source}: {self.prefix}{key} = {value!r} is not supported (only {' or '.join(map(repr, allowed))})"
-            )
+            only = f" (only {' or '.join(map(repr, allowed))})" if allowed else ""
+            raise ValueError(f"{self.source}: {self.prefix}{key} = {value!r} is not supported{only}")
 
     def _required(self, key: str, default: Any) -> Any:
         value = self.get(key, default)
@@ -153,8 +152,8 @@ def hf_layer_is_global(settings: Settings, *, num_layers: int) -> tuple[bool, ..
         return None
     if len(types) != num_layers or not set(types) <= {"full_attention", "sliding_attention"}:
         raise ValueError(
-            f"{settings.source}: layer_types must be full_attention or sliding_attention for each of {num_layers} layers, "
-            f"got {len(types)} of {sorted(set(types))}"
+            f"{settings.source}: layer_types must be full_attention or sliding_attention for each of {num_layers} "
+            f"layers, got {len(types)} of {sorted(set(types))}"
         )
     return tuple(kind == "full_attention" for kind in types)
 
@@ -170,7 +169,7 @@ def gguf_fields(settings: Settings) -> dict[str, Any]:
     kv_heads = settings.get("attention.head_count_kv", heads)
     if isinstance(kv_heads, list):
         if len(set(kv_heads)) != 1:
-            raise ValueError(f"{settings.source}: a different number of kv heads for each layer is not supported: {kv_heads}")
+            raise ValueError(f"{settings.source}: layers that differ in kv heads are not supported: {kv_heads}")
         kv_heads = kv_heads[0]
     settings.refuse("attention.value_length", head_dim)
     settings.refuse("rope.dimension_count", head_dim)
