@@ -56,8 +56,9 @@ def place_by_gain(candidates: Sequence[Candidate], budget: int, *, max_rank: int
     """Spend the budget where a byte gains most.
 
     Each module offers the upper concave envelope of its (bytes, gain) points; the envelopes' pieces are taken steepest
-    first, and what no longer fits is passed over in favour of what does. For gains that do not rise with the rank and
-    without set-up bytes that is optimal up to the last piece, and optimal altogether where all ranks cost the same.
+    first, and what no longer fits is passed over in favour of what does. What gains nothing is not bought. For gains
+    that do not rise with the rank and without set-up bytes that is optimal up to the last piece, and optimal altogether
+    where all ranks cost the same.
 
     Raises:
         ValueError: no candidate, a `max_rank` below 1, or a budget that does not pay for rank 1 of any.
@@ -86,7 +87,7 @@ def place_by_gain(candidates: Sequence[Candidate], budget: int, *, max_rank: int
 
 
 def _steepest(candidate: Candidate, rank: int, room: int, max_rank: int | None) -> tuple[float, int] | None:
-    """Return (gain per byte, rank) of the best next piece that costs at most `room`."""
+    """Return (gain per byte, rank) of the best next piece that costs at most `room` and gains anything."""
     top = candidate.max_rank if max_rank is None else min(max_rank, candidate.max_rank)
     ranks = np.arange(rank + 1, top + 1)
     prices = (ranks - rank) * candidate.rank_bytes + (0 if rank else candidate.setup_bytes)
@@ -95,7 +96,7 @@ def _steepest(candidate: Candidate, rank: int, room: int, max_rank: int | None) 
         return None
     slopes = np.cumsum(np.asarray(candidate.gains, np.float64)[rank:top])[fits] / prices[fits]
     best = int(np.argmax(slopes))
-    return float(slopes[best]), int(ranks[best])
+    return (float(slopes[best]), int(ranks[best])) if slopes[best] > 0 else None
 
 
 def place_uniformly(candidates: Sequence[Candidate], budget: int, *, max_rank: int | None = None) -> Placement:

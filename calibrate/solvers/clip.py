@@ -158,8 +158,8 @@ def learn_clip(
     """Return the range of each group learned by gradient, as OmniQuant's learnable weight clipping does.
 
     The ends of a group's range are `sigmoid(gamma) max` and `sigmoid(beta) min` (arXiv 2308.13137, eq. 2), both logits
-    starting at 4; on a symmetric grid gamma serves both ends. Rounding passes gradients straight through. Adam lowers `e R e^T` relative to
-    that of min-max, and each row keeps the best step it saw; never worse than min-max, row by row.
+    starting at 4; on a symmetric grid gamma serves both ends. Rounding passes gradients straight through. Adam lowers
+    `e R e^T` relative to that of min-max, and each row keeps its best step; never worse than min-max, row by row.
 
     Raises:
         ValueError: shapes that disagree, values that are not finite, no step, or a learning rate that is not positive.
@@ -204,11 +204,13 @@ def _learn_clip(weight: Any, second_moment: Any, *, spec: QuantSpec, steps: int,
             # optax raises a float to its int32 step count, which strict promotion refuses.
             with jax.numpy_dtype_promotion("standard"):
                 updates, moments = optimizer.update(slope, moments)
-            return optax.apply_updates(logits, updates), moments, jnp.minimum(error, best_error), best
+            logits = jax.tree.map(jnp.add, logits, updates)
+            return logits, moments, jnp.minimum(error, best_error), best
 
-        logits = jnp.full_like(low, 4.0), jnp.full_like(high, 4.0)
+        logits = (jnp.full_like(low, 4.0), jnp.full_like(high, 4.0))
         state = logits, optimizer.init(logits), reference, (low, high)
-        learned = _grid_between(*jax.lax.fori_loop(0, steps, step, state)[3], spec)
+        below, above = jax.lax.fori_loop(0, steps, step, state)[3]
+        learned = _grid_between(below, above, spec)
         # The gradient does not see scales rounded to their stored type, so the rows are compared once more.
         better = _plain_error(weight, second_moment, learned) <= reference
         return jax.tree.map(

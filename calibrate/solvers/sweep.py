@@ -87,14 +87,14 @@ def sweep(
         start = number * block
         take = lambda x: jax.lax.dynamic_slice_in_dim(x, start, block)  # noqa: E731
         from_all = jax.lax.dynamic_slice_in_dim(feedback, start, block, axis=1)
-        own, own_error, own_scale, own_zero = take(from_all), take(error), take(scale), take(zero)
+        own, own_error, own_scale, own_zero = take(from_all).T, take(error), take(scale), take(zero)
         outside = jax.lax.dynamic_update_slice_in_dim(error, jnp.zeros_like(own_error), start, axis=0)
-        target = take(weight) + jnp.matmul(from_all.T, outside, precision=HIGHEST)
         own_weight = take(weight)
+        target = own_weight + jnp.matmul(from_all.T, outside, precision=HIGHEST)
 
         def round_column(column: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
             own_error, own_codes = state
-            wanted = target[column] + jnp.matmul(own[:, column], own_error, precision=HIGHEST)
+            wanted = target[column] + jnp.matmul(own[column], own_error, precision=HIGHEST)
             code = jnp.clip(jnp.round(wanted / own_scale[column] + own_zero[column]), CODE_MIN, CODE_MAX)
             left = own_weight[column] - own_scale[column] * (code - own_zero[column])
             return own_error.at[column].set(left), own_codes.at[column].set(code)

@@ -53,7 +53,8 @@ def test_greedy_with_unequal_prices_loses_at_most_one_piece(modules, budget):
     assert placed.gain >= best_gain(built, budget) - max(sum(m.gains) for m in built) - 1e-9
     left = budget - placed.nbytes
     for module, rank in zip(built, placed.ranks, strict=True):
-        assert rank == module.max_rank or module.cost(rank + 1) - module.cost(rank) > left
+        gains_more = any(gain > 0 for gain in module.gains[rank:])
+        assert not gains_more or module.cost(rank + 1) - module.cost(rank) > left
 
 
 def test_set_up_bytes_are_paid_once_and_weighed():
@@ -84,6 +85,10 @@ def test_uniform_ranks_differ_by_at_most_one_and_spread_evenly():
     assert np.max(np.diff(extra)) <= 3
 
 
+def test_modules_without_gain_get_no_rank():
+    assert place_by_gain(candidates([[0.0] * 4, [2.0, 1.0, 0.0, 0.0]]), 1000).ranks == (0, 2)
+
+
 def test_max_rank_caps_every_placement():
     modules = candidates([[9.0] * 8, [1.0] * 8])
     assert place_by_gain(modules, 1000, max_rank=3).ranks == (3, 3)
@@ -103,5 +108,5 @@ def test_bad_input_is_named_with_its_numbers():
     for wrong in (np.nan, np.inf, -1.0):
         with pytest.raises(ValueError, match=r"^m: gains must be finite"):
             Candidate(name="m", gains=[1.0, wrong], rank_bytes=1)
-    with pytest.raises(ValueError, match="rank_bytes 0"):
+    with pytest.raises(ValueError, match="got 0 and 0"):
         Candidate(name="m", gains=[1.0], rank_bytes=0)
