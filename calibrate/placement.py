@@ -94,9 +94,11 @@ def _steepest(candidate: Candidate, rank: int, room: int, max_rank: int | None) 
     fits = prices <= room
     if not fits.any():
         return None
-    slopes = np.cumsum(np.asarray(candidate.gains, np.float64)[rank:top])[fits] / prices[fits]
+    gains = np.cumsum(np.asarray(candidate.gains, np.float64)[rank:top])[fits]
+    slopes = gains / prices[fits]
     best = int(np.argmax(slopes))
-    return (float(slopes[best]), int(ranks[best])) if slopes[best] > 0 else None
+    # A slope may underflow to zero where the gain does not.
+    return (float(slopes[best]), int(ranks[best])) if gains[best] > 0 else None
 
 
 def place_uniformly(candidates: Sequence[Candidate], budget: int, *, max_rank: int | None = None) -> Placement:

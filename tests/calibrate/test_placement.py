@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from calibrate.placement import Candidate, place_by_gain, place_randomly, place_uniformly
@@ -45,6 +45,7 @@ def test_greedy_is_optimal_where_ranks_cost_the_same(gains, budget):
 @given(
     st.lists(st.tuples(falling, st.integers(1, 30), st.integers(0, 20)), min_size=1, max_size=4), st.integers(50, 200)
 )
+@example([([1.0, 5e-324], 2, 0)], 50)
 def test_greedy_with_unequal_prices_loses_at_most_one_piece(modules, budget):
     built = candidates(*map(list, zip(*modules, strict=True)))
     placed = place_by_gain(built, budget)
