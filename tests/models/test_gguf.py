@@ -130,7 +130,9 @@ def test_each_type_is_dequantized_into_its_place(tmp_path: Path, kind: str) -> N
             expected[f"blk.{i}.{name}.weight"]
             for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "ffn_norm")
         )
-        np.testing.assert_array_equal(weights["layers.qkv.weight"][i], np.concatenate([half_split(q), half_split(k), v]))
+        np.testing.assert_array_equal(
+            weights["layers.qkv.weight"][i], np.concatenate([half_split(q), half_split(k), v])
+        )
         np.testing.assert_array_equal(weights["layers.o.weight"][i], o)
         np.testing.assert_array_equal(weights["layers.gate_up.weight"][i], np.concatenate([gate, up]))
         np.testing.assert_array_equal(weights["layers.down.weight"][i], down)
@@ -325,7 +327,9 @@ def test_an_unsupported_tensor_type_is_named_with_its_tensor(tmp_path: Path) -> 
     writer.close()
     with pytest.raises(ValueError, match=r"tensor blk\.0\.attn_q\.weight has type Q2_K, which is not supported"):
         gguf.GGUFFile.open(path)
-    data = path.read_bytes().replace(struct.pack("<I", GGMLQuantizationType.Q2_K) + bytes(8), struct.pack("<IQ", 999, 0))
+    data = path.read_bytes().replace(
+        struct.pack("<I", GGMLQuantizationType.Q2_K) + bytes(8), struct.pack("<IQ", 999, 0)
+    )
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"tensor blk\.0\.attn_q\.weight has type 999"):
         gguf.GGUFFile.open(path)
