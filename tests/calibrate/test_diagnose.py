@@ -1,5 +1,7 @@
 """CKA against its formula and its invariances; entropy, coverage and scores."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from calibrate.diagnose import CkaMoments, coverage, damage_shares, diagnose, entropy, latency_scores, linear_cka
 
 
-def features(rows: int = 200, width: int = 12, *, seed: int = 0, noise: float = 0.3) -> tuple[np.ndarray, np.ndarray]:
+def features(rows: int = 200, width: int = 12, *, seed: int = 0, noise: float = 0.3) -> tuple[Any, Any]:
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((rows, width)) @ rng.standard_normal((width, width)) + 5 * rng.standard_normal(width)
     return x.astype(np.float32), (x + noise * rng.standard_normal(x.shape)).astype(np.float32)

@@ -1,5 +1,7 @@
 """The whitened SVD is the optimum, for wide and tall errors, dense and by subspace, full and deficient moments."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from calibrate.initialize import whitened_svd
 
 
-def problem(rows: int, inputs: int, *, seed: int = 0, samples: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def problem(rows: int, inputs: int, *, seed: int = 0, samples: int | None = None) -> tuple[Any, Any]:
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((samples or 4 * inputs, inputs)) * np.geomspace(1, 30, inputs)
     x = x @ np.linalg.qr(rng.standard_normal((inputs, inputs)))[0]
