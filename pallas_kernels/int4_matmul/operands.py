@@ -1,26 +1,45 @@
 """The operands that an int4 matmul's epilogue takes besides the weight."""
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, Literal
 
 import jax
 
 # Array fields are annotated `Any`: `jax.tree.map` puts other things than arrays into registered dataclasses.
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["w_in", "b_in", "w_out", "b_out", "probe", "probe_scale", "w_probe", "w_rms"],
+    meta_fields=["form"],
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gate:
-    """A per-token gate `g = 1 + tanh(w_out silu(w_in^T z + b_in) + b_out)`, one value in (0, 2) per rank coordinate.
+    """A per-token gate on the rank coordinates `z`, computed by a small network of one hidden layer.
 
-    Shapes: w_in [R, H], b_in [H], w_out [R, H], b_out [R]. With `w_out` and `b_out` zero the gate is exactly one.
-    Source: SPEAR, arXiv 2606.11244.
+        h = w_out silu(w_in^T z + w_probe^T (probe x) + w_rms log(rms(x)) + b_in) + b_out
+
+    Shapes: w_in [R, H], b_in [H], w_out [R, H], b_out [R]; optional further features: probe [P, K] (floating, or int8
+    with probe_scale [P]) with w_probe [P, H], and w_rms [H]. With `w_out` and `b_out` zero it changes nothing.
+    `form` says what h does: "tanh" multiplies z by 1 + tanh(h), in (0, 2), as published (SPEAR, arXiv 2606.11244);
+    "linear" multiplies z by 1 + h, which may turn its sign; "shift" adds h to z.
     """
 
     w_in: Any
     b_in: Any
     w_out: Any
     b_out: Any
+    probe: Any = None
+    probe_scale: Any = None
+    w_probe: Any = None
+    w_rms: Any = None
+    form: Literal["tanh", "linear", "shift"] = "tanh"
+
+    @property
+    def published(self) -> bool:
+        """Say whether this is the gate as published: fed by z alone, in (0, 2)."""
+        return self.form == "tanh" and self.probe is None and self.w_rms is None
 
 
 @jax.tree_util.register_dataclass

@@ -7,6 +7,9 @@ from jaxtyping import Array, Float, Int8
 from pallas_kernels.int4_matmul.operands import Compensator
 from pallas_kernels.packing import unpack_int4
 
+_TINY_POWER = 1e-12
+"""Mean square of x below which its logarithm is cut off."""
+
 
 def dequantize(
     packed: Int8[Array, "*L N K/2"],
@@ -28,15 +31,31 @@ def dequantize(
 
 
 def compensator_coordinates(x: Float[Array, "*B K"], compensator: Compensator) -> Float[Array, "*B R"]:
-    """Compute the gated low-rank coordinates `g(z) * z`, `z = A x`, in float32 (SPEAR, section 2)."""
-    a = _dequantize_rows(compensator.a, compensator.a_scale)
-    z = jnp.einsum("...k,rk->...r", x.astype(jnp.float32), a)
+    """Compute the gated low-rank coordinates, `g(z) * z` with `z = A x`, in float32 (SPEAR, section 2)."""
+    z = _project(x, compensator.a, compensator.a_scale)
     gate = compensator.gate
     if gate is None:
         return z
     f32 = jnp.float32
-    hidden = jax.nn.silu(jnp.einsum("...r,rh->...h", z, gate.w_in.astype(f32)) + gate.b_in.astype(f32))
-    return z * (1 + jnp.tanh(jnp.einsum("...h,rh->...r", hidden, gate.w_out.astype(f32)) + gate.b_out.astype(f32)))
+    hidden = jnp.einsum("...r,rh->...h", z, gate.w_in.astype(f32)) + gate.b_in.astype(f32)
+    if gate.probe is not None:
+        probed = _project(x, gate.probe, gate.probe_scale)
+        hidden = hidden + jnp.einsum("...p,ph->...h", probed, gate.w_probe.astype(f32))
+    if gate.w_rms is not None:
+        power = jnp.mean(jnp.square(x.astype(f32)), axis=-1, keepdims=True)
+        hidden = hidden + 0.5 * jnp.log(power + _TINY_POWER) * gate.w_rms.astype(f32)
+    out = jnp.einsum("...h,rh->...r", jax.nn.silu(hidden), gate.w_out.astype(f32)) + gate.b_out.astype(f32)
+    match gate.form:
+        case "tanh":
+            return z * (1 + jnp.tanh(out))
+        case "linear":
+            return z * (1 + out)
+        case "shift":
+            return z + out
+
+
+def _project(x: Float[Array, "*B K"], rows: Array, scale: Array | None) -> Float[Array, "*B R"]:
+    return jnp.einsum("...k,rk->...r", x.astype(jnp.float32), _dequantize_rows(rows, scale))
 
 
 def int4_matmul_xla(

@@ -18,13 +18,18 @@ class CompensatorVariable(nnx.Variable):
 
 nnx.register_data_type(Gate)
 
+_PER_LAYER = ("b_in", "probe", "probe_scale", "w_probe", "w_rms")
+"""Arrays of a gate that do not belong to single rank coordinates: a bank stacks them over layers."""
+
 
 class CompensatorBank(nnx.Module):
     """The compensators of one module ("qkv", "o", "gate_up" or "down") in all layers.
 
     Ranks differ by layer, so factors lie one after another along the rank axis, T = sum(ranks) rows in all:
     a [T, K] and bt [T, N] (int8 with scales [T], or floating), and, if gated, w_in [T, H], w_out [T, H], b_out [T] and
-    b_in [L, H]. A layer of rank 0 has no compensator. Nothing is padded: bytes here are bytes in memory.
+    b_in [L, H]; a gate's further features have a leading axis of layers: probe [L, P, K], probe_scale [L, P],
+    w_probe [L, P, H], w_rms [L, H]. A layer of rank 0 has no compensator. Factors are not padded: bytes here are bytes
+    in memory.
     """
 
     def __init__(
@@ -91,21 +96,29 @@ class CompensatorBank(nnx.Module):
 
         gate = self.gate
         if gate is not None:
-            gate = Gate(w_in=get(gate.w_in), b_in=gate.b_in[...][layer], w_out=get(gate.w_out), b_out=get(gate.b_out))
+            gate = Gate(
+                w_in=get(gate.w_in), w_out=get(gate.w_out), b_out=get(gate.b_out), form=gate.form,
+                **{name: None if (whole := getattr(gate, name)) is None else whole[...][layer] for name in _PER_LAYER},
+            )  # fmt: skip
         return Compensator(
             a=get(self.a), bt=get(self.bt), a_scale=get(self.a_scale), bt_scale=get(self.bt_scale), gate=gate
         )
 
-    def to_int8(self) -> Self:
-        """Give the bank with both factors in int8, one scale per rank coordinate (max|row| / 127)."""
+    def to_int8(self, *, gate_dtype: jnp.dtype | type | None = None) -> Self:
+        """Give the bank with factors in int8, one scale per rank coordinate (max|row| / 127), gates in `gate_dtype`."""
         a, a_scale = _int8_rows(self.a[...])
         bt, bt_scale = _int8_rows(self.bt[...])
         gate = None
         if self.gate is not None:
             gate = jax.tree.map(lambda v: v[...], self.gate, is_leaf=lambda v: isinstance(v, nnx.Variable))
+            if gate_dtype is not None:
+                gate = jax.tree.map(lambda array: array.astype(gate_dtype), gate)
+            if gate.probe is not None:
+                probe, probe_scale = _int8_rows(gate.probe)
+                gate = dataclasses.replace(gate, probe=probe, probe_scale=probe_scale)
         return type(self)(self.ranks, a, bt, a_scale=a_scale, bt_scale=bt_scale, gate=gate)
 
 
-def _int8_rows(rows: Float[Array, "T F"]) -> tuple[Array, Array]:
+def _int8_rows(rows: Float[Array, "*T F"]) -> tuple[Array, Array]:
     scale = jnp.maximum(jnp.max(jnp.abs(rows.astype(jnp.float32)), axis=-1) / 127, 1e-12)
-    return jnp.round(rows.astype(jnp.float32) / scale[:, None]).astype(jnp.int8), scale
+    return jnp.round(rows.astype(jnp.float32) / scale[..., None]).astype(jnp.int8), scale

@@ -1,0 +1,191 @@
+"""Calibration text: sampled from the reference model itself, or the user's."""
+
+import functools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Int32
+
+from spear_jax.models.decoder import Decoder
+from spear_jax.nn.attention import Index, masked_attention
+
+MIN_SEQUENCES = 2
+"""Fewest sequences worth calibrating on: one to train on, one held out."""
+
+
+def first_tokens(
+    model: Decoder, *, count: int, bos_share: float, key: Array, exclude: tuple[int, ...] = ()
+) -> Int32[np.ndarray, "S 2"]:
+    """Give what sampled sequences begin with: BOS and a free token (-1), or a uniformly random token and a free one.
+
+    `bos_share` of the sequences begin with BOS where the model has one. Tokens in `exclude` are not drawn.
+    """
+    config = model.config
+    allowed = np.setdiff1d(np.arange(config.vocab_size), exclude)
+    draws = np.asarray(jax.random.randint(key, (count,), 0, len(allowed)))
+    first = allowed[draws].astype(np.int32)
+    if config.bos_id is not None:
+        first[: round(bos_share * count)] = config.bos_id
+    return np.stack([first, np.full_like(first, -1)], axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("length",))
+def _sample_batch(
+    model: Decoder, prefix: Int[Array, "B P"], temperature: Float[Array, ""], key: Array, *, length: int
+) -> Int32[Array, "B T"]:
+    config, batch = model.config, prefix.shape[0]
+    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+    caches = (jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype))
+    slots = jnp.arange(length)
+    prefix = jnp.pad(prefix, ((0, 0), (0, length - prefix.shape[1])), constant_values=-1)
+
+    def step(carry: tuple[Array, tuple[Array, Array]], inputs: tuple[Array, Array, Array]) -> tuple[Any, Array]:
+        (sampled, caches), (position, forced, key) = carry, inputs
+        token = jnp.where(forced >= 0, forced, sampled)
+
+        def attend(q: Array, k: Array, v: Array, cache: Any, *, layer: Index, window: Index, scale: float):
+            keys, values = (
+                jax.lax.dynamic_update_slice(whole, new[None], (layer, 0, position, 0, 0))
+                for whole, new in zip(cache, (k, v), strict=True)
+            )
+            seen = (slots <= position) & (slots > position - window)
+            return masked_attention(q, keys[layer], values[layer], seen[None, None], scale=scale), (keys, values)
+
+        positions = jnp.full((batch, 1), position, jnp.int32)
+        hidden, caches = model(token[:, None], positions, attend=attend, cache=caches)
+        logits = model.logits(hidden[:, 0]) / temperature
+        return (jax.random.categorical(key, logits).astype(jnp.int32), caches), token
+
+    inputs = (jnp.arange(length, dtype=jnp.int32), prefix.T, jax.random.split(key, length))
+    _, tokens = jax.lax.scan(step, (jnp.zeros(batch, jnp.int32), caches), inputs)
+    return tokens.T
+
+
+def sample_tokens(
+    model: Decoder,
+    *,
+    count: int,
+    length: int,
+    key: Array,
+    batch_size: int | None = None,
+    temperature: float = 1.0,
+    bos_share: float = 0.5,
+    progress: Callable[[int, int], None] | None = None,
+) -> Int32[np.ndarray, "S T"]:
+    """Sample `count` sequences of `length` tokens from the model itself (ancestral sampling with a KV cache).
+
+    `batch_size` sequences run at a time; None takes what keeps the cache within 16 GiB on an accelerator, 1 on a CPU.
+    Sequences go on through end-of-text tokens: a new text follows.
+
+    Raises:
+        ValueError: A size makes no sense.
+    """
+    if count < 1 or length < 2 or length > model.config.max_position:
+        raise ValueError(
+            f"cannot sample {count} sequences of {length} tokens: expected at least 1 of 2 to {model.config.max_position}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    config = model.config
+    if batch_size is None:
+        row = 2 * config.num_layers * length * config.num_kv_heads * config.head_dim * model.dtype.itemsize
+        limit = 2**30 if jax.default_backend() == "cpu" else 2**34
+        batch_size = min(2048, max(1, limit // row))
+    batches = math.ceil(count / min(batch_size, count))
+    batch_size = math.ceil(count / batches)
+    start_key, order_key, key = jax.random.split(key, 3)
+    special = (*config.eos_ids, *(() if config.bos_id is None else (config.bos_id,)))
+    prefix = first_tokens(model, count=batches * batch_size, bos_share=bos_share, key=start_key, exclude=special)
+    prefix = prefix.reshape(batch_size, batches, -1).swapaxes(0, 1)
+    rows = []
+    for i, batch_key in enumerate(jax.random.split(key, batches)):
+        scale = jnp.asarray(temperature, jnp.float32)
+        rows.append(np.asarray(_sample_batch(model, jnp.asarray(prefix[i]), scale, batch_key, length=length)))
+        if progress:
+            progress(min(count, (i + 1) * batch_size), count)
+    return np.concatenate(rows)[np.asarray(jax.random.permutation(order_key, batches * batch_size))[:count]]
+
+
+def read_texts(source: str) -> list[str]:
+    """Read the user's texts: a text file, a jsonl file with a `text` field, or the id of a dataset on the hub.
+
+    A dataset is `org/name`, `org/name:config` or either with `@split` behind it (`train` where none is given).
+
+    Raises:
+        FileNotFoundError: There is no such file, and it is no dataset's id.
+        ValueError: The file is empty or is not what its name says.
+    """
+    path = Path(source)
+    if path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text: {error}") from None
+        texts = _json_texts(path, text) if path.suffix == ".jsonl" else [text]
+    elif path.suffix in (".txt", ".jsonl", ".json") or source.startswith((".", "/")) or "/" not in source:
+        raise FileNotFoundError(f"{source}: no such file")
+    else:
+        texts = _dataset_texts(source)
+    if not any(text.strip() for text in texts):
+        raise ValueError(f"{source}: the calibration text is empty")
+    return texts
+
+
+def _json_texts(path: Path, text: str) -> list[str]:
+    texts = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON: {error}") from None
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise ValueError(f'{path}:{number}: expected an object with a string "text"')
+        texts.append(row["text"])
+    return texts
+
+
+def _dataset_texts(source: str) -> list[str]:
+    import datasets
+
+    name, _, split = source.partition("@")
+    name, _, subset = name.partition(":")
+    try:
+        rows = datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
+        texts, size = [], 0
+        for row in rows:
+            texts.append(row["text"])
+            size += len(texts[-1])
+            if size > 40_000_000:
+                break
+        return texts
+    except KeyError:
+        raise ValueError(f'dataset {source}: rows have no "text" column') from None
+    except Exception as error:
+        raise ValueError(f"dataset {source}: cannot be read: {error}") from None
+
+
+def cut_texts(
+    texts: list[str], encode: Callable[[str], list[int]], *, count: int, length: int, key: Array
+) -> Int32[np.ndarray, "S T"]:
+    """Cut texts, joined one after the other, into `count` sequences of `length` tokens drawn without replacement.
+
+    Raises:
+        ValueError: The texts are too short for two sequences.
+    """
+    tokens = np.asarray([token for text in texts for token in encode(text)], np.int32)
+    have = len(tokens) // length
+    if have < MIN_SEQUENCES:
+        raise ValueError(
+            f"the calibration text has {len(tokens)} tokens, expected at least {MIN_SEQUENCES * length} "
+            f"({MIN_SEQUENCES} sequences of {length})"
+        )
+    chosen = np.asarray(jax.random.permutation(key, have))[:count]
+    return tokens[: have * length].reshape(have, length)[chosen]
