@@ -82,7 +82,8 @@ def record(model: torch.nn.Module, tokens: torch.Tensor) -> dict[str, np.ndarray
 def save_npz(folder: Path, arrays: dict[str, np.ndarray], **meta: Any) -> None:
     """Write `golden.npz`, the versions and `meta` as JSON text under the key `meta`."""
     path = folder / "golden.npz"
-    np.savez_compressed(path, meta=np.array(json.dumps({"versions": VERSIONS, **meta})), **arrays)
+    contents: dict[str, Any] = {"meta": np.array(json.dumps({"versions": VERSIONS, **meta})), **arrays}
+    np.savez_compressed(path, **contents)
     log.info("%s: %d bytes %s", path, path.stat().st_size, {k: (v.shape, str(v.dtype)) for k, v in arrays.items()})
 
 
@@ -101,7 +102,7 @@ class Tiny:
 
 def tiny_models() -> dict[str, Tiny]:
     """Return the tiny checkpoints by name: each family once in its plain form, and once for each odd case."""
-    shape = {
+    shape: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 96,
         "num_hidden_layers": 3,
@@ -113,22 +114,22 @@ def tiny_models() -> dict[str, Tiny]:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    theta = {"rope_type": "default", "rope_theta": 10_000.0}
+    theta: dict[str, Any] = {"rope_type": "default", "rope_theta": 10_000.0}
     # Wavelengths at head dim 16 and theta 10,000 are 6, 20, 63, 199, ...: each of llama3's three bands is met
     # (shorter than 64 / 4 stays, longer than 64 / 1 is divided by 8, between them it is blended).
-    llama3 = {
+    llama3: dict[str, Any] = {
         "rope_type": "llama3",
         "factor": 8.0,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     }
-    linear = {"rope_type": "linear", "factor": 4.0}
+    linear: dict[str, Any] = {"rope_type": "linear", "factor": 4.0}
     legacy_theta = {"rope_theta": 10_000.0, "rope_scaling": None}
     return {
         "llama": Tiny(
             config=transformers.LlamaConfig(
-                **shape | {"hidden_size": 64},
+                **dict(shape, hidden_size=64),
                 rope_parameters=theta,
                 rms_norm_eps=1e-5,
                 tie_word_embeddings=True,
@@ -138,7 +139,7 @@ def tiny_models() -> dict[str, Tiny]:
         ),
         "llama3-rope": Tiny(
             config=transformers.LlamaConfig(
-                **shape | {"vocab_size": 320},
+                **dict(shape, vocab_size=320),
                 head_dim=16,
                 rope_parameters={"rope_theta": 10_000.0, **llama3},
                 rms_norm_eps=1e-5,
@@ -197,11 +198,11 @@ def tiny_models() -> dict[str, Tiny]:
         ),
         "gemma3": Tiny(
             config=transformers.Gemma3TextConfig(
-                **shape | {"bos_token_id": 2, "eos_token_id": 1, "num_hidden_layers": 5},
+                **dict(shape, bos_token_id=2, eos_token_id=1, num_hidden_layers=5),
                 head_dim=16,
                 query_pre_attn_scalar=24,
                 sliding_window=8,
-                sliding_window_pattern=3,
+                layer_types=windows_but_every(3, 5),
                 rope_parameters={
                     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
                     "full_attention": {"rope_theta": 1_000_000.0, **linear},
@@ -218,6 +219,11 @@ def tiny_models() -> dict[str, Tiny]:
             },
         ),
     }
+
+
+def windows_but_every(period: int, layers: int) -> list[str]:
+    """Return Gemma's layer types: each `period`-th layer sees everything, the others a window."""
+    return ["sliding_attention" if (layer + 1) % period else "full_attention" for layer in range(layers)]
 
 
 def randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
@@ -337,7 +343,7 @@ def rotate_half_order(weight: np.ndarray, heads: int) -> np.ndarray:
 def hf_config(file: Gguf) -> transformers.PreTrainedConfig:
     """Build the Hugging Face config from GGUF metadata."""
     meta = file.meta
-    common = {
+    common: dict[str, Any] = {
         "hidden_size": meta["embedding_length"],
         "intermediate_size": meta["feed_forward_length"],
         "num_hidden_layers": meta["block_count"],
@@ -365,7 +371,7 @@ def hf_config(file: Gguf) -> transformers.PreTrainedConfig:
                 head_dim=meta["attention.key_length"],
                 query_pre_attn_scalar=256,
                 sliding_window=meta["attention.sliding_window"],
-                sliding_window_pattern=6,
+                layer_types=windows_but_every(6, meta["block_count"]),
                 rope_parameters={
                     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
                     "full_attention": rope,
@@ -551,8 +557,10 @@ def make_real(name: str, path: Path, text: Path, *, windows: int, full: bool, le
     if full:
         golden["logits_last"] = logits.astype(np.float16)
         make_chat(model, file, tokenizer, folder)
-    found = perplexities(model, ids, bos, windows) if windows else {}
-    save_npz(folder, golden, source=path.name, text_tokens=len(ids), perplexity=found)
+    save_npz(folder, golden, source=path.name, text_tokens=len(ids))
+    if windows:
+        found = {"versions": VERSIONS, **perplexities(model, ids, bos, windows)}
+        (folder / "perplexity.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main() -> None:
