@@ -21,13 +21,14 @@ def gptq(
     second_moment: Float[Array, "*L K K"],
     grid: Grid,
     *,
-    damping: float = 0.01,
+    damping: float = 0.03,
     act_order: bool = True,
 ) -> Rounded:
     """Round a weight column by column, each making up for the errors before it.
 
     `grid` stays as it is: with groups and activation order each column keeps the scale of the group it lies in
-    ("static groups"). `damping` is a share of the mean of the moment's diagonal. Deterministic.
+    ("static groups"). `damping` is a share of the mean of the moment's diagonal; 0.03 to 0.1 generalised best
+    from 12,288 calibration tokens to other text. Deterministic.
 
     Raises:
         ValueError: shapes that disagree, values that are not finite, or a damping that is not positive.
@@ -44,7 +45,7 @@ def refine(
     *,
     sweeps: int = 8,
     refit: bool = True,
-    damping: float = 0.01,
+    damping: float = 0.03,
 ) -> Rounded:
     """Lower `e (R + damping) e^T` from `start` by turns: coordinate descent on the codes, then the best scales.
 
@@ -60,7 +61,7 @@ def refine(
 
 def _check_damping(damping: float) -> None:
     if not damping > 0:
-        raise ValueError(f"damping {damping} must be positive; 0.01 is usual")
+        raise ValueError(f"damping {damping} must be positive; 0.01 to 0.1 is usual")
 
 
 @functools.partial(jax.jit, static_argnames=("damping", "act_order"))
@@ -97,7 +98,7 @@ def gptq_search(
     grid: Grid,
     *,
     factors: tuple[float, ...] = SEARCH_FACTORS,
-    damping: float = 0.01,
+    damping: float = 0.03,
     act_order: bool = True,
 ) -> Rounded:
     """Run GPTQ on `grid` and on multiples of its scales; keep the best of `e (R + damping) e^T` for each row.
