@@ -133,7 +133,7 @@ def _sibling(path: Path, state: str) -> Path:
 
 
 def _is_other(process: int) -> bool:
-    """Say whether a process runs and is not this one (which may have the number of a dead one: in a container, often)."""
+    """Say whether a process runs and is not this one, whose number a dead one may have had: often so in containers."""
     if process == os.getpid():
         return False
     try:

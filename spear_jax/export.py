@@ -113,7 +113,7 @@ def huggingface_config(config: ModelConfig) -> dict[str, Any]:
     if model_type == "gemma3_text":
         values |= {
             "hidden_activation": "gelu_pytorch_tanh",
-            "query_pre_attn_scalar": round(config.scale**-2, 6),
+            "query_pre_attn_scalar": _query_scalar(config),
             "rope_local_base_freq": config.rope_local_theta,
             "sliding_window": config.sliding_window,
             "layer_types": layer_types,
@@ -151,6 +151,14 @@ def _check_plain(config: ModelConfig, model_type: str) -> None:
         same = np.isclose(found, value) if isinstance(value, float) else found == value
         if not same:
             raise ValueError(f"config.json of a {model_type} model cannot hold {name} = {found!r} (only {value!r})")
+
+
+def _query_scalar(config: ModelConfig) -> int:
+    """Give the whole number whose inverse square root is the scale of Gemma's attention."""
+    scalar = round(config.scale**-2)
+    if not np.isclose(scalar**-0.5, config.scale):
+        raise ValueError(f"config.json of a gemma3_text model cannot hold the attention scale {config.scale!r}")
+    return scalar
 
 
 def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
@@ -222,7 +230,8 @@ def _factors(bank: CompensatorBank, layer: int) -> dict[str, Array] | None:
         return None
 
     def rows(factor: Array, scale: Array | None) -> Array:
-        return factor.astype(jnp.float32) if scale is None else factor * scale.astype(jnp.float32)[:, None]
+        factor = factor.astype(jnp.float32)
+        return factor if scale is None else factor * scale.astype(jnp.float32)[:, None]
 
     arrays = {"a": rows(compensator.a, compensator.a_scale), "b": rows(compensator.bt, compensator.bt_scale).T}
     if compensator.gate is not None:

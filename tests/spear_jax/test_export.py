@@ -148,7 +148,7 @@ def test_gguf_rope_factors_become_the_llama3_rule():
     assert values["rope_scaling"]["rope_type"] == "llama3"
     assert values["rope_scaling"]["factor"] == 8.0
     odd = RopeScaling(kind="factors", factors=(1.0, 9.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0))
-    with pytest.raises(ValueError, match="no Llama 3.1 rule"):
+    with pytest.raises(ValueError, match=r"no Llama 3\.1 rule"):
         huggingface_config(tiny_config(rope_theta=5e5, rope_scaling=odd))
 
 
