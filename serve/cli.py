@@ -71,6 +71,7 @@ def serve(config: ServeConfig) -> int:
     gateway = Gateway(Admission(config.max_slots + config.max_num_queued_reqs))
     app = create_app(gateway, max_body_bytes=int(config.max_body_mib * 2**20))
     address = f"http://{config.host}:{listener.getsockname()[1]}"
+    log.info("not ready yet, listening: %s", address)
     server = Server(app, gateway, drain_seconds=config.drain_seconds)
     failure: list[BaseException] = []
 

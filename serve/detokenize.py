@@ -20,10 +20,10 @@ class Detokenizer:
 
     def __init__(self, decode: Callable[[Sequence[int]], str], *, prompt: Sequence[int] = ()):
         self._decode = decode
-        self._window = list(prompt[-_CONTEXT_TOKENS:])
+        self._window: list[int] = []
         self._settled = 0  # ids of the window whose text is out for good
         self._sent = ""  # the part of the window's text that is out
-        self._restart(self._window)
+        self._restart(self._context(prompt))
 
     def push(self, token: int) -> str:
         """Add one id and give the text that became certain."""
@@ -36,11 +36,16 @@ class Detokenizer:
         # that is out looks broken for a while.
         if certain.startswith(self._sent):
             delta, self._sent = certain[len(self._sent) :], certain
-        if self._sent == text:
-            self._restart(self._window[self._settled :])
-        elif waited > _MAX_UNSETTLED:
+        if waited > _MAX_UNSETTLED:
             self._restart(self._window[-_CONTEXT_TOKENS:])
+        elif self._sent == text:
+            self._restart(self._window[self._settled :])
         return delta
+
+    def _context(self, prompt: Sequence[int]) -> list[int]:
+        """Give the last ids of a prompt, from the beginning of a character if one is near."""
+        ends = [list(prompt[-count:]) for count in range(_CONTEXT_TOKENS, _CONTEXT_TOKENS + 4)] if prompt else [[]]
+        return next((end for end in ends if not self._decode(end).startswith(REPLACEMENT)), ends[0])
 
     def _restart(self, window: list[int]) -> None:
         """Decode from these ids on, whose whole characters are out; the window never begins inside one."""

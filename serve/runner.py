@@ -16,6 +16,9 @@ from serve.sampling import SamplingState, sample
 from spear_jax.models.decoder import Decoder
 
 
+type Logits = Callable[[Decoder, Array], Array]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeviceState:
@@ -38,7 +41,16 @@ class Runner:
     otherwise all S slots run, so what a request gets does not depend on which others are there.
     """
 
-    def __init__(self, model: Decoder, *, slots: int, context: int, buckets: Sequence[int], lone_program: bool):
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        slots: int,
+        context: int,
+        buckets: Sequence[int],
+        lone_program: bool,
+        logits: Logits = Decoder.logits,
+    ):
         self.slots = slots
         self.buckets = tuple(sorted(buckets))
         self._leaves, tree = jax.tree.flatten(model)
@@ -54,9 +66,9 @@ class Runner:
             length=jnp.zeros(slots, jnp.int32),
             sampling=jax.tree.map(jnp.asarray, SamplingState.of([SamplingParams(max_tokens=1, temperature=0.0)] * slots)),
         )
-        self._prefill = _jit(tree, _prefill)
-        self._decode_all = _jit(tree, _decode_all)
-        self._decode_one = _jit(tree, _decode_one) if lone_program and slots > 1 else None
+        self._prefill = _jit(tree, _prefill, logits)
+        self._decode_all = _jit(tree, _decode_all, logits)
+        self._decode_one = _jit(tree, _decode_one, logits) if lone_program and slots > 1 else None
 
     def prefill(
         self, tokens: Sequence[int], *, slot: int, start: int, bucket: int, last: bool, params: SamplingParams
@@ -93,19 +105,26 @@ class Runner:
         yield f"decode {self.slots}", functools.partial(decode, self.slots)
 
 
-def _jit(tree: Any, step: Callable[..., tuple[Array, DeviceState]]) -> Callable[..., tuple[Array, DeviceState]]:
-    """Compile `step(model, state, ...)` as a function of the model's arrays, with the state donated."""
+def _jit(
+    tree: Any, step: Callable[..., tuple[Array, DeviceState]], logits: Logits
+) -> Callable[..., tuple[Array, DeviceState]]:
+    """Compile `step(model, logits, state, ...)` as a function of the model's arrays, with the state donated."""
 
     @functools.partial(jax.jit, donate_argnums=1)
     @functools.wraps(step)
     def run(leaves: list[Array], state: DeviceState, *args: Any) -> tuple[Array, DeviceState]:
-        return step(jax.tree.unflatten(tree, leaves), state, *args)
+        return step(jax.tree.unflatten(tree, leaves), logits, state, *args)
 
     return run
 
 
 def _prefill(
-    model: Decoder, state: DeviceState, tokens: Int[Array, "1 T"], place: Int[Array, "4"], params: SamplingState
+    model: Decoder,
+    logits: Logits,
+    state: DeviceState,
+    tokens: Int[Array, "1 T"],
+    place: Int[Array, "4"],
+    params: SamplingState,
 ) -> tuple[Int[Array, ""], DeviceState]:
     slot, start, length, last = place
     positions = (start + jnp.arange(tokens.shape[1], dtype=jnp.int32))[None]
@@ -114,7 +133,7 @@ def _prefill(
 
     def first_token() -> Int[Array, "1"]:
         final = jax.lax.dynamic_index_in_dim(hidden, length - 1, axis=1, keepdims=False)
-        return sample(model.logits(final), params, end[None])
+        return sample(logits(model, final), params, end[None])
 
     token = jax.lax.cond(last > 0, first_token, lambda: jnp.zeros(1, jnp.int32))
     return token[0], DeviceState(
@@ -125,13 +144,16 @@ def _prefill(
     )
 
 
-def _decode_all(model: Decoder, state: DeviceState, active: Bool[Array, " S"]) -> tuple[Int[Array, " S"], DeviceState]:
+def _decode_all(
+    model: Decoder, logits: Logits, state: DeviceState, active: Bool[Array, " S"]
+) -> tuple[Int[Array, " S"], DeviceState]:
     positions = jnp.where(active, state.length, state.cache.length - 1)
     hidden, cache = model(
         state.token[:, None], positions[:, None], attend=batch_attend(positions, active), cache=state.cache
     )
-    token = jnp.where(active, sample(model.logits(hidden[:, 0]), _active_only(state.sampling, active), positions + 1), state.token)
-    return token, dataclasses.replace(state, cache=cache, token=token, length=state.length + active)
+    drawn = sample(logits(model, hidden[:, 0]), _active_only(state.sampling, active), positions + 1)
+    token = jnp.where(active, drawn, state.token)
+    return token, dataclasses.replace(state, cache=cache, token=token, length=state.length + active.astype(jnp.int32))
 
 
 def _active_only(sampling: SamplingState, active: Bool[Array, " S"]) -> SamplingState:
@@ -139,11 +161,13 @@ def _active_only(sampling: SamplingState, active: Bool[Array, " S"]) -> Sampling
     return dataclasses.replace(sampling, temperature=jnp.where(active, sampling.temperature, 0.0))
 
 
-def _decode_one(model: Decoder, state: DeviceState, slot: Int[Array, ""]) -> tuple[Int[Array, " S"], DeviceState]:
+def _decode_one(
+    model: Decoder, logits: Logits, state: DeviceState, slot: Int[Array, ""]
+) -> tuple[Int[Array, " S"], DeviceState]:
     position = state.length[slot][None]
     hidden, cache = model(
         state.token[slot][None, None], position[:, None], attend=slot_attend(slot, position[:, None]), cache=state.cache
     )
     params = jax.tree.map(lambda leaf: leaf[slot][None], state.sampling)
-    token = state.token.at[slot].set(sample(model.logits(hidden[:, 0]), params, position + 1)[0])
+    token = state.token.at[slot].set(sample(logits(model, hidden[:, 0]), params, position + 1)[0])
     return token, dataclasses.replace(state, cache=cache, token=token, length=state.length.at[slot].add(1))

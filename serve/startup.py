@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from serve.cpu import cpu_logits, lay_out_for_cpu
 from serve.config import ServeConfig
 from serve.engine import Engine
 from serve.gateway import Gateway, ModelInfo
@@ -82,7 +83,7 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console) -> Eng
             loaded = load(config.model, dtype=config.dtype)
         context = _context(config, loaded.config.max_position)
         with phases.phase("quantize" if config.quantize == "rtn" else "prepare weights"):
-            model, description = _prepare(loaded.model, config)
+            model, description, dense = _prepare(loaded.model, config)
             name, tokenizer, architecture = loaded.name, loaded.tokenizer, loaded.config
             del loaded
         runner = Runner(
@@ -91,6 +92,7 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console) -> Eng
             context=context,
             buckets=config.prefill_buckets,
             lone_program=jax.default_backend() == "cpu",
+            logits=cpu_logits if dense else Decoder.logits,
         )
         programs = list(runner.warm_up())
         with phases.phase("compile", steps=len(programs)):
@@ -152,16 +154,19 @@ def _context(config: ServeConfig, max_position: int) -> int:
     return config.max_context
 
 
-def _prepare(model: Decoder, config: ServeConfig) -> tuple[Decoder, str]:
-    """Quantize and lay out the weights for serving; says what was done."""
+def _prepare(model: Decoder, config: ServeConfig) -> tuple[Decoder, str, bool]:
+    """Quantize and lay out the weights for serving; says what was done, and whether they are dense ones on a CPU."""
     cpu = jax.default_backend() == "cpu"
+    expand = config.weights == "expanded" or (config.weights == "auto" and cpu)
     description = f"{jnp.dtype(model.dtype).name} weights as loaded"
     if config.quantize == "rtn":
         spec = QuantSpec(group_size=config.group_size)
         groups = "a channel" if config.group_size == -1 else f"groups of {config.group_size}"
         description = f"int4 weights rounded to nearest, symmetric, {groups}"
         model = quantize_model(model, spec)
-        if config.weights == "expanded" or (config.weights == "auto" and cpu):
+        if expand:
             description += f", expanded to {jnp.dtype(model.dtype).name}"
             model = expand_model(model, model.dtype)
-    return jax.block_until_ready(unstack(model) if cpu else model), description
+    dense = cpu and model.dtype == jnp.float32 and (config.quantize == "none" or expand)
+    model = lay_out_for_cpu(model) if dense else unstack(model) if cpu else model
+    return jax.block_until_ready(model), description, dense

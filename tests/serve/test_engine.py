@@ -1,0 +1,173 @@
+"""The engine over a device made of Python: ends, stops, aborts, failures, and that every slot comes back."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from serve.engine import Engine
+from serve.metrics import Metrics
+from serve.request import Output, Request, SamplingParams
+from serve.scheduler import SlotScheduler
+
+SLOTS = 2
+
+
+class CountingRunner:
+    """A device whose slot answers a prompt ending in token t with t+1, t+2, ...; can be told to fail or to be slow."""
+
+    slots = SLOTS
+
+    def __init__(self) -> None:
+        self.last = np.zeros(SLOTS, np.int64)
+        self.fail = False
+        self.step_seconds = 0.0
+        self.decoded: list[tuple[int, ...]] = []
+
+    def prefill(
+        self, tokens: Sequence[int], *, slot: int, start: int, bucket: int, last: bool, params: SamplingParams
+    ) -> np.ndarray:
+        assert len(tokens) <= bucket
+        self.last[slot] = tokens[-1] + 1
+        return self.last[slot].copy()
+
+    def decode(self, active: np.ndarray) -> np.ndarray:
+        if self.fail:
+            raise RuntimeError("the device is gone")
+        time.sleep(self.step_seconds)
+        self.decoded.append(tuple(np.flatnonzero(active)))
+        self.last[active] += 1
+        return self.last.copy()
+
+
+class Bench:
+    """An engine with its runner, and the outputs of each request by id."""
+
+    def __init__(self) -> None:
+        self.runner = CountingRunner()
+        self.scheduler = SlotScheduler(num_slots=SLOTS, buckets=(4, 8), stall_tokens=4)
+        self.metrics = Metrics("counting")
+        self.outputs: dict[str, list[Output]] = {}
+        self._changed = threading.Condition()
+        self.engine = Engine(
+            self.runner,
+            self.scheduler,
+            decode=lambda ids: "".join(f"[{i}]" for i in ids),
+            deliver=self._deliver,
+            metrics=self.metrics,
+            context=100,
+        )
+        self.engine.start()
+
+    def _deliver(self, outputs: list[tuple[Request, Output]]) -> None:
+        with self._changed:
+            for request, output in outputs:
+                self.outputs.setdefault(request.id, []).append(output)
+            self._changed.notify_all()
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        with self._changed:
+            assert self._changed.wait_for(condition, timeout=20)
+
+    def ended(self, name: str) -> bool:
+        return name in self.outputs and self.outputs[name][-1].finish_reason is not None
+
+    def answer(self, name: str) -> tuple[str, str | None, int]:
+        self.wait(lambda: self.ended(name))
+        pieces = self.outputs[name]
+        return "".join(p.text for p in pieces), pieces[-1].finish_reason, sum(p.tokens for p in pieces)
+
+    def gauge(self, name: str) -> float:
+        value = self.metrics.registry.get_sample_value(f"spear:{name}", {"model_name": "counting"})
+        assert value is not None
+        return value
+
+
+@pytest.fixture
+def bench():
+    bench = Bench()
+    yield bench
+    bench.engine.stop(timeout=20)
+
+
+def request(name: str, first: int, **params: object) -> Request:
+    return Request(id=name, prompt=(0, first), params=SamplingParams(**({"max_tokens": 3} | params)))  # type: ignore[arg-type]
+
+
+def test_answers_end_by_length_stop_token_and_stop_string(bench: Bench) -> None:
+    bench.engine.submit(request("length", 10))
+    bench.engine.submit(request("token", 20, max_tokens=9, stop_token_ids=frozenset({23})))
+    bench.engine.submit(request("string", 30, max_tokens=9, stop=("][33",)))
+    assert bench.answer("length") == ("[11][12][13]", "length", 3)
+    assert bench.answer("token") == ("[21][22]", "stop", 3)
+    assert bench.answer("string") == ("[31][32", "stop", 3)
+
+
+def test_many_requests_share_the_slots_and_all_end(bench: Bench) -> None:
+    names = [f"r{i}" for i in range(20)]
+    for i, name in enumerate(names):
+        bench.engine.submit(Request(id=name, prompt=(i,) * (1 + 3 * i), params=SamplingParams(max_tokens=1 + i % 4)))
+    for i, name in enumerate(names):
+        text, reason, tokens = bench.answer(name)
+        assert (reason, tokens) == ("length", 1 + i % 4)
+        assert text == "".join(f"[{i + 1 + j}]" for j in range(tokens))
+    bench.wait(lambda: bench.gauge("num_requests_running") == 0 or time.sleep(0.01) is None)
+    assert bench.engine.stop(timeout=20)
+    assert bench.scheduler.idle
+    assert bench.gauge("num_requests_running") == bench.gauge("kv_cache_usage_perc") == 0
+
+
+def test_an_abort_frees_the_slot_without_another_word(bench: Bench) -> None:
+    bench.runner.step_seconds = 0.002
+    endless = [request(f"endless{i}", 0, max_tokens=10_000) for i in range(SLOTS)]
+    for r in endless:
+        bench.engine.submit(r)
+    waiting = request("waiting", 50)
+    bench.engine.submit(waiting)
+    bench.wait(lambda: all(len(bench.outputs.get(r.id, ())) > 2 for r in endless))
+    assert "waiting" not in bench.outputs
+    bench.engine.abort(endless[0])
+    assert bench.answer("waiting") == ("[51][52][53]", "length", 3)
+    bench.engine.abort(endless[1])
+    bench.engine.abort(endless[1])
+    deadline = time.monotonic() + 20
+    while bench.gauge("num_requests_running") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert bench.gauge("num_requests_running") == 0
+    assert not any(bench.ended(r.id) for r in endless)
+
+
+def test_nothing_is_computed_past_the_length_limit(bench: Bench) -> None:
+    bench.engine.submit(request("r", 5, max_tokens=4))
+    bench.answer("r")
+    assert bench.runner.decoded == [(0,)] * 3
+
+
+def test_a_failing_device_gives_every_request_an_error_and_is_reported(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.runner.step_seconds = 0.002
+    for i in range(4):
+        bench.engine.submit(request(f"r{i}", 0, max_tokens=10_000))
+    bench.wait(lambda: len(bench.outputs.get("r0", ())) > 2)
+    bench.runner.fail = True
+    for i in range(4):
+        bench.wait(lambda i=i: bench.ended(f"r{i}"))
+        assert bench.outputs[f"r{i}"][-1].finish_reason == "error"
+        assert bench.outputs[f"r{i}"][-1].error
+    assert isinstance(bench.engine.failure, RuntimeError)
+    assert "engine failed" in caplog.text
+    bench.engine.submit(request("late", 0))
+    bench.wait(lambda: bench.ended("late"))
+    assert bench.outputs["late"][-1].error
+
+
+def test_stopping_ends_what_is_running_with_an_error(bench: Bench) -> None:
+    bench.runner.step_seconds = 0.002
+    bench.engine.submit(request("r", 0, max_tokens=10_000))
+    bench.wait(lambda: len(bench.outputs.get("r", ())) > 2)
+    assert bench.engine.stop(timeout=20)
+    assert bench.outputs["r"][-1].finish_reason == "abort"
+    assert bench.engine.failure is None

@@ -1,0 +1,133 @@
+"""Prefill in chunks and decode through the slot cache give what the model gives without a cache, and never compile twice."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from serve.cpu import CpuLinear, cpu_logits, dense, lay_out_for_cpu
+from serve.request import SamplingParams
+from serve.runner import Runner
+from spear_jax.config import ModelConfig
+from spear_jax.models.decoder import Decoder, unstack
+from spear_jax.testing import assert_close, random_weights, tiny_config
+
+GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
+CONFIGS = {
+    "full": tiny_config(),
+    "sliding": tiny_config(sliding_window=20, layer_is_global=(False, True, False)),
+}
+
+
+@functools.cache
+def model_of(name: str) -> Decoder:
+    config: ModelConfig = CONFIGS[name]
+    return Decoder.from_weights(config, random_weights(config), dtype=jnp.float32)
+
+
+@functools.cache
+def runner_of(name: str, layout: str) -> Runner:
+    model = model_of(name)
+    laid_out = {"stacked": lambda m: m, "separate": unstack, "cpu": lay_out_for_cpu}[layout](model)
+    logits = cpu_logits if layout == "cpu" else Decoder.logits
+    runner = Runner(laid_out, slots=3, context=240, buckets=(8, 16), lone_program=layout == "cpu", logits=logits)
+    for _, compile_and_run in runner.warm_up():
+        compile_and_run()
+    return runner
+
+
+def start(runner: Runner, slot: int, prompt: list[int], params: SamplingParams = GREEDY) -> int:
+    done, token = 0, None
+    while done < len(prompt):
+        part = prompt[done : done + 16]
+        last = done + len(part) == len(prompt)
+        bucket = 16 if len(part) > 8 else 8
+        token = runner.prefill(part, slot=slot, start=done, bucket=bucket, last=last, params=params)
+        done += len(part)
+    return int(np.asarray(token))
+
+
+def generate(runner: Runner, slot: int, prompt: list[int], count: int, *, beside: tuple[int, ...] = ()) -> list[int]:
+    tokens = [start(runner, slot, prompt)]
+    active = np.isin(np.arange(runner.slots), (slot, *beside))
+    return tokens + [int(np.asarray(runner.decode(active))[slot]) for _ in range(count - 1)]
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 96, length).tolist()
+
+
+@pytest.mark.parametrize("layout", ["stacked", "separate", "cpu"])
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_greedy_tokens_equal_those_without_a_cache(name: str, layout: str) -> None:
+    model, prompt, count = model_of(name), prompt_of(37), 12
+    tokens = generate(runner_of(name, layout), 1, prompt, count)
+    sequence = np.zeros((1, len(prompt) + count), np.int32)
+    sequence[0] = prompt + tokens
+    logits = jax.jit(lambda model, x: model.logits(model(x)[0]))(model, sequence)
+    assert np.asarray(logits)[0, len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_over_many_blocks_of_keys_and_beside_others_the_tokens_are_the_same(name: str) -> None:
+    runner, prompt = runner_of(name, "cpu"), prompt_of(20)
+    alone = generate(runner, 0, prompt, 200)
+    start(runner, 2, prompt_of(50, seed=1))
+    assert generate(runner, 1, prompt, 200, beside=(2,)) == alone
+
+
+def test_a_slot_keeps_its_answer_while_another_is_prefilled() -> None:
+    runner, prompt = runner_of("full", "cpu"), prompt_of(20)
+    expected = generate(runner, 0, prompt, 6)
+    tokens = [start(runner, 0, prompt)]
+    active = np.array([True, False, False])
+    for part in range(5):
+        runner.prefill(prompt_of(16, part), slot=1, start=16 * part, bucket=16, last=False, params=GREEDY)
+        tokens.append(int(np.asarray(runner.decode(active))[0]))
+    assert tokens == expected
+    second = prompt_of(16, 9)
+    fresh = generate(runner, 2, second, 5)
+    assert generate(runner, 1, second, 5, beside=(0,)) == fresh
+
+
+def test_a_seed_gives_the_same_tokens_in_any_slot_and_company() -> None:
+    runner, prompt = runner_of("full", "separate"), prompt_of(9)
+    seeded = SamplingParams(max_tokens=1, temperature=1.0, seed=5)
+
+    def draw(slot: int, beside: tuple[int, ...]) -> list[int]:
+        for other in beside:
+            start(runner, other, prompt_of(30, seed=other), SamplingParams(max_tokens=1, seed=other, top_k=3))
+        tokens = [start(runner, slot, prompt, seeded)]
+        active = np.isin(np.arange(3), (slot, *beside))
+        return tokens + [int(np.asarray(runner.decode(active))[slot]) for _ in range(20)]
+
+    alone = draw(0, ())
+    assert draw(2, (0, 1)) == alone
+    assert len(set(alone)) > 5
+
+
+def test_nothing_compiles_after_warm_up() -> None:
+    runner = runner_of("full", "cpu")
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
+    try:
+        for slot, length in enumerate((1, 16, 40)):
+            start(runner, slot, prompt_of(length), SamplingParams(max_tokens=1, temperature=0.5 * slot, top_k=slot))
+        for active in ([True, False, False], [False, True, True], [True, True, True]):
+            runner.decode(np.array(active)).block_until_ready()
+        assert not compiled
+        jax.jit(lambda x: x + 3)(np.float32(2)).block_until_ready()
+        assert compiled, "the listener hears nothing, so this test proves nothing"
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 17])
+def test_forms_of_a_dense_product_agree(rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    x, weight = rng.normal(size=(rows, 96)).astype(np.float32), rng.normal(size=(40, 96)).astype(np.float32)
+    assert_close(jax.jit(dense)(x[None], weight)[0], x.astype(np.float64) @ weight.T, relative=1e-6)
+    bias = rng.normal(size=40).astype(np.float32)
+    assert_close(CpuLinear(jnp.asarray(weight), jnp.asarray(bias))(jnp.asarray(x)), x @ weight.T + bias, relative=1e-6)

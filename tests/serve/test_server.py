@@ -1,0 +1,300 @@
+"""The server as its users meet it: a process, HTTP, and OpenAI's own client."""
+
+import concurrent.futures
+import http.client
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+pytestmark = pytest.mark.timeout(900)
+
+PROMPTS = [
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "Name three colours.",
+    "Why is the sky blue?",
+    "Translate 'good morning' into French.",
+    "Count from one to ten.",
+    "Tell me a short joke.",
+    "Which animal barks?",
+]
+LONG = {"max_tokens": 300, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture
+def client(server: Any) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
+        yield client
+
+
+def ask(client: openai.OpenAI, prompt: str, **options: Any) -> Any:
+    messages: Any = [{"role": "user", "content": prompt}]
+    options = {"max_tokens": 24, "temperature": 0} | options
+    return client.chat.completions.create(model="demo", messages=messages, **options)
+
+
+def ask_streaming(client: openai.OpenAI, prompt: str, **options: Any) -> tuple[str, str | None, Any]:
+    text, reason, usage = "", None, None
+    for chunk in ask(client, prompt, stream=True, stream_options={"include_usage": True}, **options):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            text += choice.delta.content or ""
+            reason = choice.finish_reason or reason
+    return text, reason, usage
+
+
+def post(server: Any, path: str, body: bytes, headers: dict[str, str] | None = None) -> tuple[int, Any, Any]:
+    host = server.url.removeprefix("http://")
+    connection = http.client.HTTPConnection(host, timeout=60)
+    try:
+        connection.request("POST", path, body, {"content-type": "application/json"} | (headers or {}))
+        response = connection.getresponse()
+        return response.status, json.loads(response.read()), response.headers
+    finally:
+        connection.close()
+
+
+def test_health_is_503_until_ready(starting_server: Any) -> None:
+    if any("ready:" in line for line in starting_server.log):
+        pytest.skip("the server was ready before this test looked")
+    assert starting_server.status("/health") == 503
+    status, body, headers = post(starting_server, "/v1/completions", b'{"model": "demo", "prompt": "x"}')
+    assert (status, body["error"]["code"]) == (503, "not_ready")
+    assert headers["retry-after"]
+
+
+def test_models_and_health(client: openai.OpenAI, server: Any) -> None:
+    assert server.status("/health") == 200
+    names = [model.id for model in client.models.list()]
+    assert names == ["SmolLM2-135M-Instruct", "demo"]
+    assert client.models.retrieve("demo").id == "demo"
+
+
+def test_an_answer_is_right_and_streams_the_same(client: openai.OpenAI) -> None:
+    whole = ask(client, PROMPTS[0])
+    assert "Paris" in whole.choices[0].message.content
+    assert whole.choices[0].finish_reason == "stop"
+    text, reason, usage = ask_streaming(client, PROMPTS[0])
+    assert (text, reason) == (whole.choices[0].message.content, "stop")
+    assert usage == whole.usage
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+
+
+def test_eight_clients_at_once_get_the_answers_they_get_alone(client: openai.OpenAI, server: Any) -> None:
+    alone = [ask(client, prompt).choices[0].message.content for prompt in PROMPTS]
+    assert len(set(alone)) == len(PROMPTS)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        streamed = list(pool.map(lambda prompt: ask_streaming(client, prompt)[0], PROMPTS))
+    assert streamed == alone
+    assert server.metric("compilations_after_ready_total") == 0
+
+
+def test_a_seed_gives_the_same_answer_alone_and_in_company(client: openai.OpenAI) -> None:
+    options = {"temperature": 1.0, "seed": 7, "top_p": 0.9, "max_tokens": 16}
+    alone = ask(client, PROMPTS[1], **options).choices[0].message.content
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        others = [pool.submit(ask, client, prompt, temperature=1.5, max_tokens=30) for prompt in PROMPTS[:3]]
+        assert ask(client, PROMPTS[1], **options).choices[0].message.content == alone
+        concurrent.futures.wait(others)
+    assert ask(client, PROMPTS[1], **(options | {"seed": 8})).choices[0].message.content != alone
+
+
+def test_text_completions_take_lists_and_token_ids_and_n(client: openai.OpenAI) -> None:
+    both = client.completions.create(model="demo", prompt=["One, two, three,", "Red, green,"], max_tokens=5, temperature=0)
+    assert [choice.index for choice in both.choices] == [0, 1]
+    assert both.choices[0].text.startswith(" four")
+    assert both.choices[0].finish_reason == "length"
+    assert both.usage is not None
+    assert both.usage.completion_tokens == 10
+    by_ids = client.completions.create(model="demo", prompt=[5, 6, 7], max_tokens=3)
+    assert by_ids.usage is not None
+    assert by_ids.usage.prompt_tokens == 3
+    two = ask(client, PROMPTS[6], n=2, temperature=1.0, seed=1)
+    assert [choice.index for choice in two.choices] == [0, 1]
+    assert two.choices[0].message.content != two.choices[1].message.content
+    streamed = client.completions.create(model="demo", prompt="One, two, three,", max_tokens=5, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == both.choices[0].text
+
+
+def test_stop_strings_end_the_answer_and_do_not_show(client: openai.OpenAI) -> None:
+    full = ask(client, PROMPTS[0]).choices[0].message.content
+    for stream in (False, True):
+        options = {"stop": ["is Par"]}
+        if stream:
+            text, reason, _ = ask_streaming(client, PROMPTS[0], **options)
+        else:
+            choice = ask(client, PROMPTS[0], **options).choices[0]
+            text, reason = choice.message.content, choice.finish_reason
+        assert (text, reason) == (full.partition("is Par")[0], "stop")
+
+
+def test_the_end_of_the_context_ends_the_answer(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model="demo", prompt=[9] * 380, max_tokens=100, temperature=0, extra_body={"ignore_eos": True}
+    )
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == 384
+
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+HELLO: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param", "code"),
+    [
+        (CHAT, b"{", 400, None, "invalid_json"),
+        (CHAT, b"\xff\xfe", 400, None, None),
+        (CHAT, b"[" * 100_000, 400, None, None),
+        (CHAT, b"[]", 400, None, "invalid_type"),
+        (CHAT, {"model": "demo"}, 400, "messages", "missing_required_parameter"),
+        (CHAT, HELLO | {"messages": []}, 400, "messages", None),
+        (CHAT, HELLO | {"messages": "hi"}, 400, "messages", "invalid_type"),
+        (CHAT, HELLO | {"temperature": "hot"}, 400, "temperature", "invalid_type"),
+        (CHAT, json.dumps(HELLO | {"temperature": float("nan")}).encode(), 400, "temperature", None),
+        (CHAT, HELLO | {"temperature": -1}, 400, "temperature", "invalid_value"),
+        (CHAT, HELLO | {"top_p": 0}, 400, "top_p", "invalid_value"),
+        (CHAT, HELLO | {"max_tokens": 0}, 400, "max_tokens", "invalid_value"),
+        (CHAT, HELLO | {"max_tokens": True}, 400, "max_tokens", "invalid_type"),
+        (CHAT, HELLO | {"n": 0}, 400, "n", "invalid_value"),
+        (CHAT, HELLO | {"stop": ["a", ""]}, 400, "stop", "invalid_value"),
+        (CHAT, HELLO | {"seed": 2**70}, 400, "seed", "invalid_value"),
+        (CHAT, HELLO | {"tools": [{"type": "function"}]}, 400, "tools", "unsupported_parameter"),
+        (CHAT, HELLO | {"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
+        (CHAT, HELLO | {"logprobs": True}, 400, "logprobs", "unsupported_parameter"),
+        (CHAT, HELLO | {"stream_options": {"include_usage": True}}, 400, "stream_options", "invalid_value"),
+        (CHAT, HELLO | {"model": "gpt-9"}, 404, "model", "model_not_found"),
+        (CHAT, b'{"model": "demo", "messages": [{"role": "user", "content": "\\ud800"}]}', 400, "messages", None),
+        (TEXT, {"model": "demo", "prompt": []}, 400, "prompt", "invalid_value"),
+        (TEXT, {"model": "demo", "prompt": ""}, 400, "prompt", None),
+        (TEXT, {"model": "demo", "prompt": [10**9]}, 400, "prompt", "invalid_value"),
+        (TEXT, {"model": "demo", "prompt": [-1]}, 400, "prompt", "invalid_type"),
+        (TEXT, {"model": "demo", "prompt": [9] * 384}, 400, "prompt", "context_length_exceeded"),
+        (TEXT, {"model": "demo", "prompt": "word " * 500}, 400, "prompt", "context_length_exceeded"),
+        (TEXT, {"model": "demo", "prompt": "x", "best_of": 3}, 400, "best_of", "unsupported_parameter"),
+        (TEXT, {"model": "demo", "prompt": ["x"] * 13}, 400, "n", "invalid_value"),
+        (TEXT, {"model": "demo", "prompt": "x" * 300_000}, 413, None, "body_too_large"),
+        ("/v1/nothing", {}, 404, None, "unknown_url"),
+        ("/health", {}, 405, None, None),
+    ],
+)
+def test_mistakes_have_openai_shape(server: Any, path: str, body: Any, status: int, param: str | None, code: str | None) -> None:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    got, answer, _ = post(server, path, data)
+    assert got == status, answer
+    assert answer.keys() == {"error"}
+    assert answer["error"].keys() == {"message", "type", "param", "code"}
+    assert answer["error"]["type"] == "invalid_request_error"
+    if param is not None:
+        assert answer["error"]["param"] == param
+    if code is not None:
+        assert answer["error"]["code"] == code
+
+
+def test_unknown_fields_and_harmless_values_pass(server: Any) -> None:
+    body = HELLO | {"store": False, "metadata": {"a": "b"}, "tools": None, "frequency_penalty": 0, "logit_bias": {}}
+    assert post(server, CHAT, json.dumps(body).encode())[0] == 200
+
+
+def test_the_sdk_raises_the_right_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="gpt-9", messages=[{"role": "user", "content": "hi"}])
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(model="demo", prompt="word " * 500)
+    assert error.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_slot(server: Any, stream: bool) -> None:
+    server.wait_for_metric("num_requests_running", lambda n: n == 0)
+    before = server.metric("generation_tokens_total")
+    body = json.dumps(HELLO | LONG | {"stream": stream}).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode() + body)
+        server.wait_for_metric("num_requests_running", lambda n: n == 1)
+        server.wait_for_metric("generation_tokens_total", lambda n: n > before)
+    server.wait_for_metric("num_requests_running", lambda n: n == 0)
+    assert server.metric("generation_tokens_total") - before < 290, "it ended by itself, which shows nothing"
+
+
+def test_a_full_queue_says_when_to_come_back(server: Any) -> None:
+    def one(_: int) -> tuple[int, Any, Any]:
+        return post(server, CHAT, json.dumps(HELLO | LONG | {"max_tokens": 60}).encode())
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(one, range(16)))
+    assert sorted(status for status, _, _ in answers) == [200] * 12 + [503] * 4
+    refused = next(answer for answer in answers if answer[0] == 503)
+    assert refused[1]["error"]["code"] == "queue_full"
+    assert int(refused[2]["retry-after"]) >= 1
+    server.wait_for_metric("num_requests_running", lambda n: n == 0)
+    assert post(server, CHAT, json.dumps(HELLO).encode())[0] == 200
+
+
+def test_a_port_in_use_is_one_line_and_status_2(starting_server: Any) -> None:
+    port = starting_server.url.rsplit(":", 1)[1]
+    assert_mistake(["--port", port], "choose another --port")
+
+
+def assert_mistake(flags: list[str], word: str) -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "spear_jax.serve", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=root)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert (done.returncode, len(errors)) == (2, 1), done.stderr
+    assert word in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["missing.yaml"], "missing.yaml"),
+        (["--port", "0", "--model", "missing.gguf"], "missing.gguf"),
+        (["--max-slots", "0"], "max_slots"),
+    ],
+)
+def test_mistakes_in_settings_are_one_line_and_status_2(flags: list[str], word: str) -> None:
+    assert_mistake(flags, word)
+
+
+def test_an_unknown_key_in_the_yaml_is_named(tmp_path: Path) -> None:
+    settings = tmp_path / "x.yaml"
+    settings.write_text("max_slotz: 3\n")
+    assert_mistake([str(settings)], "max_slotz")
+
+
+def test_sigterm_lets_answers_finish_and_takes_no_more(server: Any) -> None:
+    """Runs last: it ends the shared server."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        body = json.dumps(HELLO | LONG | {"max_tokens": 80}).encode()
+        running = [pool.submit(post, server, CHAT, body) for _ in range(2)]
+        server.wait_for_metric("num_requests_running", lambda n: n == 2)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for_log("draining", seconds=30)
+        status, answer, headers = post(server, CHAT, json.dumps(HELLO).encode())
+        assert (status, answer["error"]["code"]) == (503, "shutting_down")
+        assert headers["retry-after"]
+        assert server.status("/health") == 503
+        for done in running:
+            status, answer, _ = done.result(timeout=120)
+            assert status == 200
+            assert answer["usage"]["completion_tokens"] == 80
+    assert server.process.wait(60) == 0
+    deadline = time.monotonic() + 5
+    while "stopped" not in "".join(server.log) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "stopped" in server.log[-1]
+    assert "Traceback" not in "".join(server.log)
