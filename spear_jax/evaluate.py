@@ -46,7 +46,7 @@ class EvaluateConfig:
     """Text file for perplexity. Without it: the WikiText-2 test split from the dataset hub."""
 
     window: int = 1024
-    """Tokens in a window, BOS included."""
+    """Tokens of text in a window; BOS comes on top."""
 
     max_windows: int | None = None
     """Measure the first windows only. Without it: all, and the shorter one at the end."""
@@ -135,9 +135,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     examples = {name: load_examples(name, tasks_dir=config.tasks_dir, limit=config.limit) for name in config.task_names}
 
     loaded = models.load(config.model, dtype=config.dtype)
-    if text is not None and config.window > loaded.config.max_position:
-        raise ValueError(f"--window {config.window} is longer than the model's {loaded.config.max_position} positions")
     bos_id = _bos_id(config, loaded)
+    length = config.window + (bos_id is not None)
+    if text is not None and length > loaded.config.max_position:
+        with_bos = " and BOS" if bos_id is not None else ""
+        raise ValueError(f"--window {config.window}{with_bos}: the model has {loaded.config.max_position} positions")
     on_cpu = jax.default_backend() == "cpu"
     stored = _quantize(loaded.model, config)
     # Unpacking int4 in every step costs a CPU more than memory for the expanded weights.

@@ -33,34 +33,30 @@ def split_windows(
 ) -> tuple[Int32[np.ndarray, "W T"], Bool[np.ndarray, "W T"]]:
     """Cut tokens into windows of `window` tokens, and say which tokens of each are predicted.
 
-    With `bos_id` a window is that token and `window - 1` tokens of the text, so its length stays `window`. A window
-    of T tokens has T - 1 predictions. What is left at the end makes a last window, padded to the right, if it has a
-    prediction to make.
+    `bos_id` goes before each window, so that the text is cut the same way with and without it: a window of T tokens has
+    T - 1 predictions without BOS and T with it. What is left at the end makes a last window, padded to the right, if it
+    has a prediction to make.
 
     Raises:
         ValueError: The text is shorter than one window, or a size makes no sense.
     """
-    body = window - (bos_id is not None)
-    if window < 2 or body < 1:
+    if window < 2:
         raise ValueError(f"a window needs at least 2 tokens, got {window}")
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"the number of windows must be at least 1, got {max_windows}")
     tokens = np.asarray(tokens, np.int32)
-    if tokens.size < body:
-        needed = f"{body} tokens and BOS" if bos_id is not None else f"{window} tokens"
-        raise ValueError(f"the text has {tokens.size} tokens, fewer than one window ({needed}); use a smaller window")
-    count = -(-tokens.size // body)
-    if (tail := tokens.size % body) and tail + (bos_id is not None) < 2:
+    if tokens.size < window:
+        raise ValueError(f"the text has {tokens.size} tokens, fewer than one window of {window}; use a smaller window")
+    count = -(-tokens.size // window)
+    if bos_id is None and tokens.size % window == 1:
         count -= 1
     count = min(count, max_windows or count)
-    used = min(tokens.size, count * body)
-    rows = np.zeros((count, window), np.int32)
-    mask = np.zeros((count, window), np.bool_)
-    text = slice(window - body, None)
-    rows[:, text] = np.pad(tokens[:used], (0, count * body - used)).reshape(count, body)
-    mask[:, text] = (np.arange(count * body) < used).reshape(count, body)
+    used = min(tokens.size, count * window)
+    rows = np.pad(tokens[:used], (0, count * window - used)).reshape(count, window)
+    mask = (np.arange(count * window) < used).reshape(count, window)
     if bos_id is not None:
-        rows[:, 0] = bos_id
+        rows = np.pad(rows, ((0, 0), (1, 0)), constant_values=bos_id)
+        mask = np.pad(mask, ((0, 0), (1, 0)))
     mask[:, 0] = False
     return rows, mask
 

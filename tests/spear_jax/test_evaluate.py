@@ -69,7 +69,7 @@ def test_command_prints_one_json_object(tiny, text, tmp_path, capsys, monkeypatc
     result = json.loads(out)
     assert out.count("\n") == 1
     assert result["perplexity"] > 1
-    assert (result["tokens"], result["windows"], result["predictions"]) == (126, 2, 126)
+    assert (result["tokens"], result["windows"], result["predictions"]) == (128, 2, 128)
     assert result["bos"] is True
     assert result["bits"] == 4 + 16 / 32 + 8 / 32  # bfloat16 scale and int8 zero point per 32 codes
     assert result["tasks"]["winogrande"]["examples"] == 1
@@ -102,8 +102,8 @@ def test_tasks_alone_need_no_text(tiny, tmp_path):
         ("--text {empty}", "empty.txt: the text is empty"),
         ("--text {binary}", "binary.txt: not UTF-8"),
         ("--text {text} --window 255 --max-windows 3 --no-bos --quantize rtn --group-size 128", "qkv has 64 input"),
-        ("--text {short} --window 64 --no-bos", "the text has 9 tokens, fewer than one window (64 tokens)"),
-        ("--text {text} --window 300", "--window 300 is longer than the model's 256 positions"),
+        ("--text {short} --window 64 --no-bos", "the text has 9 tokens, fewer than one window of 64"),
+        ("--text {text} --window 256", "--window 256 and BOS: the model has 256 positions"),
         ("--text {text} --window 1", "--window must be at least 2 tokens, got 1"),
         ("--text {text} --limit 0", "--limit must be at least 1, got 0"),
         ("--tasks lambada,mmlu", "unknown task 'mmlu'"),

@@ -49,10 +49,10 @@ def test_perplexity_is_the_mean_over_all_predictions_and_counts_the_tail(model, 
     assert measured.value == pytest.approx(math.exp(expected.mean()), rel=1e-4)
 
 
-def test_perplexity_with_bos_takes_one_token_less_of_text_a_window(model, text):
+def test_perplexity_with_bos_predicts_every_token(model, text):
     measured = perplexity(model, text, window=16, bos_id=2, max_windows=2)
-    windows = [np.concatenate([[2], text[i : i + 15]]) for i in (0, 15)]
-    assert (measured.windows, measured.predictions, measured.tokens) == (2, 30, 30)
+    windows = [np.concatenate([[2], text[i : i + 16]]) for i in (0, 16)]
+    assert (measured.windows, measured.predictions, measured.tokens) == (2, 32, 32)
     expected = np.concatenate([reference_nlls(model, w) for w in windows]).mean()
     assert measured.nll == pytest.approx(expected, rel=1e-5)
 
@@ -80,7 +80,7 @@ def test_overflowing_perplexity_is_infinite():
 
 @pytest.mark.parametrize(
     ("size", "bos_id", "windows", "predictions"),
-    [(32, None, 2, 30), (33, None, 2, 30), (34, None, 3, 31), (30, 2, 2, 30), (31, 2, 3, 31)],
+    [(32, None, 2, 30), (33, None, 2, 30), (34, None, 3, 31), (32, 2, 2, 32), (33, 2, 3, 33)],
 )
 def test_a_tail_counts_where_it_has_a_prediction_to_make(size, bos_id, windows, predictions):
     rows, mask = split_windows(np.arange(1, size + 1), window=16, bos_id=bos_id)
