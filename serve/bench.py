@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
@@ -19,7 +20,7 @@ _PROMPT = "Write a long story about a lighthouse keeper who finds a map, number 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """Closed-loop load: every stream sends its next request when the last one ended. JSON on stdout, a table on stderr."""
+    """Closed-loop load: a stream sends its next request when the last one ended. JSON on stdout, a table on stderr."""
 
     url: str = "http://127.0.0.1:8000"
     """The server, without /v1."""
@@ -70,7 +71,7 @@ async def _request(client: httpx.AsyncClient, model: str, number: int, tokens: i
             usage = event.get("usage") or usage
     if not times:
         raise ValueError("the server streamed no text")
-    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     return _Sample(
         ttft=times[0] - begin,
         gaps=gaps,

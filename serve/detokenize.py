@@ -9,13 +9,14 @@ _CONTEXT_TOKENS = 6
 _MAX_UNSETTLED = 32
 """Ids kept in the hope of a whole character; an answer of invalid bytes is let go after as many."""
 
+
 class Detokenizer:
     """Turns a growing list of token ids into text that only ever grows.
 
     The pieces joined are the decoding of all ids after the prompt, except that the bytes of an unfinished character are
-    held back until it is complete and dropped if it never is. A window of the last few ids is decoded each time, never the
-    whole answer, so a token costs the same at the end as at the start. `decode` maps ids to text and must skip special
-    tokens; `prompt` gives the decoder the context that decides, for instance, about a leading space.
+    held back until it is complete and dropped if it never is. A window of the last few ids is decoded each time,
+    never the whole answer, so a token costs the same at the end as at the start. `decode` maps ids to text and must
+    skip special tokens; `prompt` gives the decoder the context that decides, for instance, about a leading space.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], *, prompt: Sequence[int] = ()):
@@ -32,8 +33,8 @@ class Detokenizer:
         waited = len(self._window) - self._settled
         certain = text.rstrip(REPLACEMENT) if waited <= _MAX_UNSETTLED else text
         delta = ""
-        # A decoder of byte tokens replaces a whole run of them while its last character is unfinished, so that even text
-        # that is out looks broken for a while.
+        # A decoder of byte tokens replaces a whole run of them while its last character is unfinished, so that even
+        # text that is out looks broken for a while.
         if certain.startswith(self._sent):
             delta, self._sent = certain[len(self._sent) :], certain
         if waited > _MAX_UNSETTLED:

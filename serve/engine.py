@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from serve.detokenize import Detokenizer, StopMatcher
 from serve.metrics import Metrics
@@ -30,11 +31,11 @@ class StepRunner(Protocol):
 
     def prefill(
         self, tokens: Sequence[int], *, slot: int, start: int, bucket: int, last: bool, params: SamplingParams
-    ) -> np.ndarray:
+    ) -> ArrayLike:
         """Run a chunk of a prompt; with `last`, give the first new token as a scalar."""
         ...
 
-    def decode(self, active: np.ndarray) -> np.ndarray:
+    def decode(self, active: np.ndarray) -> ArrayLike:
         """Give the next token of every active slot [S]."""
         ...
 
@@ -56,12 +57,12 @@ class _Live:
 class _Step:
     """A device call whose tokens have not been looked at: `rows` says whose token stands where."""
 
-    token: np.ndarray
+    token: ArrayLike
     rows: list[tuple[Request, int | tuple[()]]]
 
 
 class Engine:
-    """Serves requests by continuous batching; everything but `submit`, `abort`, `stop` and the properties is its thread's.
+    """Serves requests by continuous batching; all but the public methods and properties is its thread's.
 
     Each iteration lets waiting requests into free slots, enqueues a few prompt chunks and one decode step of all slots,
     and only then looks at the tokens of the iteration before, so that the device computes while text is made. A request

@@ -124,13 +124,23 @@ async def _collect(ticket: Ticket, shape: "_Shape") -> Response:
         tokens += output.tokens
         reasons[index] = output.finish_reason or reasons[index]
     choices = [shape.whole(i, text, reason) for i, (text, reason) in enumerate(zip(texts, reasons, strict=True))]
-    head = {"id": shape.prefix + ticket.id, "object": shape.whole_object, "created": int(time.time()), "model": shape.model}
+    head = {
+        "id": shape.prefix + ticket.id,
+        "object": shape.whole_object,
+        "created": int(time.time()),
+        "model": shape.model,
+    }
     return JSONResponse(head | {"choices": choices, "usage": _usage(ticket, tokens)})
 
 
 async def _events(ticket: Ticket, shape: "_Shape", *, include_usage: bool) -> AsyncIterator[bytes]:
     """Give the server-sent events of a streamed answer."""
-    head = {"id": shape.prefix + ticket.id, "object": shape.piece_object, "created": int(time.time()), "model": shape.model}
+    head = {
+        "id": shape.prefix + ticket.id,
+        "object": shape.piece_object,
+        "created": int(time.time()),
+        "model": shape.model,
+    }
     tail = {"usage": None} if include_usage else {}
     tokens = 0
     for index in range(len(ticket.requests)):
@@ -273,7 +283,9 @@ class _UnknownModelError(Exception):
 
 def _check_model(gateway: Gateway, name: str) -> None:
     if name not in _names(gateway):
-        raise _UnknownModelError(f"the model {name!r} does not exist here; this server has {', '.join(_names(gateway))}")
+        raise _UnknownModelError(
+            f"the model {name!r} does not exist here; this server has {', '.join(_names(gateway))}"
+        )
 
 
 def _error_body(message: str, *, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

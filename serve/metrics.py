@@ -58,6 +58,6 @@ class Metrics:
         return Counter(f"spear:{name}", text, ["model_name"], registry=self.registry).labels(self._model_name)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(
-            f"spear:{name}", text, ["model_name"], registry=self.registry, buckets=buckets
-        ).labels(self._model_name)
+        return Histogram(f"spear:{name}", text, ["model_name"], registry=self.registry, buckets=buckets).labels(
+            self._model_name
+        )

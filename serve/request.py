@@ -10,7 +10,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class BadParameterError(ValueError):
-    """A value in a request that cannot be served; `param` names the field and `code` is OpenAI's word for the mistake."""
+    """A value in a request that cannot be served; `param` names the field, `code` is OpenAI's word for the mistake."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_value"):
         super().__init__(message)
@@ -99,8 +99,8 @@ class Request:
 class Admission:
     """Counts the requests inside the server and refuses more than `capacity`; thread-safe.
 
-    A place is reserved before any work (tokenizing included) is done for a request, and given back when its answer ended
-    or its client went away, so that a burst can never queue more than was promised.
+    A place is reserved before any work (tokenizing included) is done for a request, and given back when its answer
+    ended or its client went away, so that a burst can never queue more than was promised.
     """
 
     def __init__(self, capacity: int):
@@ -121,7 +121,9 @@ class Admission:
             QueueFullError: Too few are free now.
         """
         if count > self.capacity:
-            raise BadParameterError(f"one call asks for {count} answers, this server holds {self.capacity} at most", param="n")
+            raise BadParameterError(
+                f"one call asks for {count} answers, this server holds {self.capacity} at most", param="n"
+            )
         with self._lock:
             if self._held + count > self.capacity:
                 raise QueueFullError(f"{self._held} requests are already in the server, which holds {self.capacity}")

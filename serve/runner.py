@@ -15,7 +15,6 @@ from serve.request import SamplingParams
 from serve.sampling import SamplingState, sample
 from spear_jax.models.decoder import Decoder
 
-
 type Logits = Callable[[Decoder, Array], Array]
 
 
@@ -37,8 +36,8 @@ class Runner:
     """Holds a model and the state of S slots on the device, and enqueues steps; owned by one thread.
 
     Calls return at once with device arrays. The model's arrays are flattened once: flattening the module tree on every
-    call would cost more Python than the rest of a step. A lone request decodes in a program of its own that reads one slot;
-    otherwise all S slots run, so what a request gets does not depend on which others are there.
+    call would cost more Python than the rest of a step. A lone request decodes in a program of its own that reads one
+    slot; otherwise all S slots run, so what a request gets does not depend on which others are there.
     """
 
     def __init__(
@@ -64,7 +63,9 @@ class Runner:
             cache=cache,
             token=jnp.zeros(slots, jnp.int32),
             length=jnp.zeros(slots, jnp.int32),
-            sampling=jax.tree.map(jnp.asarray, SamplingState.of([SamplingParams(max_tokens=1, temperature=0.0)] * slots)),
+            sampling=jax.tree.map(
+                jnp.asarray, SamplingState.of([SamplingParams(max_tokens=1, temperature=0.0)] * slots)
+            ),
         )
         self._prefill = _jit(tree, _prefill, logits)
         self._decode_all = _jit(tree, _decode_all, logits)

@@ -15,13 +15,13 @@ _BLOCK = 256
 """Vocabulary entries summed at once when drawing: two short cumulative sums instead of one long one."""
 
 _ONE_BITS = 0x3F800000
-"""float32 1.0 as an integer; the bits of floats in [0, 1] rise with their value, so a threshold can be bisected on them."""
+"""float32 1.0 as an integer; the bits of floats in [0, 1] rise with their value and can be bisected."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingState:
-    """Sampling parameters of B slots: float32 `temperature`, `top_p`, `min_p` [B], int32 `top_k` [B], uint32 `seed` [B, 2].
+    """Sampling parameters of B slots: float32 `temperature`, `top_p`, `min_p`, int32 `top_k`, uint32 `seed` [B, 2].
 
     `temperature` 0 is greedy, `top_k` 0 keeps all. `seed` is the raw threefry key (high word, low word).
     """
@@ -52,8 +52,8 @@ class SamplingState:
 def sample(logits: Float[Array, "B V"], state: SamplingState, position: Int[Array, " B"]) -> Int[Array, " B"]:
     """Choose one token a row.
 
-    A row's choice depends on its logits, parameters, seed and position alone. The random parts are skipped when all rows
-    are greedy, and each filter when no row uses it.
+    A row's choice depends on its logits, parameters, seed and position alone. The random parts are skipped when all
+    rows are greedy, and each filter when no row uses it.
     """
     with jax.named_scope("sample"):
         greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -68,8 +68,9 @@ def sample(logits: Float[Array, "B V"], state: SamplingState, position: Int[Arra
 def filtered_weights(logits: Float[Array, "B V"], state: SamplingState) -> Float[Array, "B V"]:
     """Give unnormalized probabilities in [0, 1] after temperature, min-p, top-k and top-p, in this order.
 
-    Top-p keeps the smallest set of likeliest tokens whose share of what top-k left reaches p; tokens equal to the last one
-    kept stay as well, in both filters. No sort: the threshold is bisected on the bits of the weights, exactly.
+    Top-p keeps the smallest set of likeliest tokens whose share of what top-k left reaches p; tokens equal to the
+    last one kept stay as well, in both filters. No sort: the threshold is bisected on the bits of the weights,
+    exactly.
     """
     logits = logits.astype(jnp.float32)
     temperature = jnp.where(state.temperature > 0, state.temperature, 1.0)[:, None]
@@ -134,5 +135,3 @@ def _invert(weights: Float[Array, "B n"], target: Float[Array, " B"]) -> tuple[I
     index = jnp.minimum(jnp.sum(ends <= target[:, None], axis=-1), last).astype(jnp.int32)
     before = jnp.take_along_axis(ends - weights, index[:, None], axis=-1)[:, 0]
     return index, target - before
-
-

@@ -22,7 +22,8 @@ def choose_chunk(remaining: int, buckets: Sequence[int], *, limit: int) -> tuple
     """Give (tokens, bucket) of the next chunk of a prompt with `remaining` tokens left.
 
     The whole rest goes into the smallest bucket that holds it when at least half of that bucket is used (or nothing
-    smaller exists); else the largest full bucket goes first and the rest follows. `buckets` rise; none above `limit` is used.
+    smaller exists); else the largest full bucket goes first and the rest follows. `buckets` rise; none above `limit`
+    is used.
     """
     allowed = [bucket for bucket in buckets if bucket <= limit] or [buckets[0]]
     full = [bucket for bucket in allowed if bucket <= remaining]
@@ -35,9 +36,9 @@ def choose_chunk(remaining: int, buckets: Sequence[int], *, limit: int) -> tuple
 class SlotScheduler:
     """Gives slots to waiting requests, first come first served, and cuts their prompts into chunks.
 
-    A request is waiting, then prefilling in a slot, then decoding there. Decoding requests run every iteration; of prompts,
-    at most `stall_tokens` (bucket padding included) run between two decode steps, so that a long prompt does not hold up
-    the answers being streamed. With nothing decoding, the largest buckets are used.
+    A request is waiting, then prefilling in a slot, then decoding there. Decoding requests run every iteration; of
+    prompts, at most `stall_tokens` (bucket padding included) run between two decode steps, so that a long prompt does
+    not hold up the answers being streamed. With nothing decoding, the largest buckets are used.
     """
 
     def __init__(self, *, num_slots: int, buckets: Sequence[int], stall_tokens: int):

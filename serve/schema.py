@@ -12,6 +12,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 _MAX_STOPS = 16
 _MAX_N = 16
 
+
 def _encodable(text: str) -> str:
     try:
         text.encode()
@@ -63,7 +64,7 @@ class StreamOptions(BaseModel):
 
 
 class CommonBody(BaseModel):
-    """What chat and text completions share; unknown fields are ignored, as OpenAI's clients send new ones all the time."""
+    """What chat and text completions share; unknown fields are ignored, as clients send new ones all the time."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -90,13 +91,17 @@ class CommonBody(BaseModel):
         """
         for name, harmless in UNSUPPORTED.items():
             value = (self.model_extra or {}).get(name)
-            if not any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in harmless):
+            if not any(
+                value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in harmless
+            ):
                 raise BadParameterError(
                     f"{name} is not supported by this server", param=name, code="unsupported_parameter"
                 )
         check_range("n", self.answers, low=1, high=_MAX_N)
         if len(self.stops) > _MAX_STOPS:
-            raise BadParameterError(f"stop holds {len(self.stops)} strings, at most {_MAX_STOPS} are taken", param="stop")
+            raise BadParameterError(
+                f"stop holds {len(self.stops)} strings, at most {_MAX_STOPS} are taken", param="stop"
+            )
         if self.stream_options is not None and not self.stream:
             raise BadParameterError("stream_options is only allowed when stream is true", param="stream_options")
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from serve.cpu import cpu_logits, lay_out_for_cpu
 from serve.config import ServeConfig
+from serve.cpu import cpu_logits, lay_out_for_cpu
 from serve.engine import Engine
 from serve.gateway import Gateway, ModelInfo
 from serve.metrics import Metrics
@@ -137,9 +137,10 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console) -> Eng
 
 
 def count_compilations(metrics: Metrics) -> None:
-    """Count every program that XLA compiles or fetches from the cache from now on; after warm-up there should be none."""
+    """Count every program that XLA compiles or fetches from the cache from now on: there should be none."""
 
-    def listen(event: str, _: float, **__: object) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        del duration_secs
         if event == _COMPILE_EVENT:
             metrics.compilations.inc()
 

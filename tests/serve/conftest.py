@@ -15,7 +15,17 @@ from pathlib import Path
 import pytest
 
 START_SECONDS = 540
-FLAGS = ("--max-context", "384", "--prefill-buckets", "16", "64", "--max-num-queued-reqs", "4", "--max-body-mib", "0.25")
+FLAGS = (
+    "--max-context",
+    "384",
+    "--prefill-buckets",
+    "16",
+    "64",
+    "--max-num-queued-reqs",
+    "4",
+    "--max-body-mib",
+    "0.25",
+)
 
 
 @dataclasses.dataclass

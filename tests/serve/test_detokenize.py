@@ -10,13 +10,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from serve.detokenize import REPLACEMENT, Detokenizer, StopMatcher
 
-TEXTS = st.text(st.one_of(st.characters(codec="utf-8", exclude_characters=REPLACEMENT), st.sampled_from("你好👩‍👩‍👧é ▁\n")))
+TEXTS = st.text(
+    st.one_of(st.characters(codec="utf-8", exclude_characters=REPLACEMENT), st.sampled_from("你好👩‍👩‍👧é ▁\n"))
+)
 
 
 @functools.cache
 def byte_level() -> Tokenizer:
     """Give a tokenizer of single bytes in GPT-2's alphabet: every character of more than a byte is cut."""
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -24,7 +28,7 @@ def byte_level() -> Tokenizer:
 
 @functools.cache
 def byte_fallback() -> Tokenizer:
-    """Give a SentencePiece-like tokenizer: a few letters, everything else as <0x..> bytes, and a stripped first space."""
+    """Give a SentencePiece-like tokenizer: a few letters, the rest as <0x..> bytes, and a stripped first space."""
     vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
     for letter in "▁abcdefgh你":
         vocab[letter] = len(vocab)
@@ -55,7 +59,9 @@ def test_joined_pieces_are_the_whole_decoding(make: Callable[[], Tokenizer], tex
 
 @TOKENIZERS
 @given(text=TEXTS, keep=st.floats(0, 1))
-def test_an_answer_cut_inside_a_character_has_no_broken_end(make: Callable[[], Tokenizer], text: str, keep: float) -> None:
+def test_an_answer_cut_inside_a_character_has_no_broken_end(
+    make: Callable[[], Tokenizer], text: str, keep: float
+) -> None:
     tokenizer = make()
     ids = tokenizer.encode(text).ids
     shown = "".join(deltas(tokenizer.decode, ids[: int(len(ids) * keep)]))

@@ -37,7 +37,7 @@ class CountingRunner:
         if self.fail:
             raise RuntimeError("the device is gone")
         time.sleep(self.step_seconds)
-        self.decoded.append(tuple(np.flatnonzero(active)))
+        self.decoded.append(tuple(np.flatnonzero(active).tolist()))
         self.last[active] += 1
         return self.last.copy()
 

@@ -1,4 +1,4 @@
-"""Prefill in chunks and decode through the slot cache give what the model gives without a cache, and never compile twice."""
+"""Chunked prefill and decode through the cache give what the model gives without one, and never compile twice."""
 
 import functools
 

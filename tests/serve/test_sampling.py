@@ -1,5 +1,7 @@
 """The sampler keeps what the definitions keep, draws in proportion, and does not look at its neighbours."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ _sample = jax.jit(sample)
 _filtered = jax.jit(filtered_weights)
 
 
-def params(**values: float) -> SamplingParams:
+def params(**values: Any) -> SamplingParams:
     return SamplingParams(**({"max_tokens": 1} | values))
 
 

@@ -32,11 +32,13 @@ def test_choose_chunk(remaining: int, limit: int, expected: tuple[int, int]) -> 
     assert choose_chunk(remaining, BUCKETS, limit=limit) == expected
 
 
-@given(lengths=st.lists(st.integers(1, 900), max_size=12), slots=st.integers(1, 4), stall=st.sampled_from([16, 64, 256]))
+@given(
+    lengths=st.lists(st.integers(1, 900), max_size=12), slots=st.integers(1, 4), stall=st.sampled_from([16, 64, 256])
+)
 def test_every_prompt_is_cut_whole_and_in_order(lengths: list[int], slots: int, stall: int) -> None:
     scheduler = SlotScheduler(num_slots=slots, buckets=BUCKETS, stall_tokens=stall)
     requests = [request(length) for length in lengths]
-    done = {r: 0 for r in requests}
+    done = dict.fromkeys(requests, 0)
     finished: list[Request] = []
     for r in requests:
         scheduler.submit(r)

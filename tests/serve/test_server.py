@@ -109,7 +109,9 @@ def test_a_seed_gives_the_same_answer_alone_and_in_company(client: openai.OpenAI
 
 
 def test_text_completions_take_lists_and_token_ids_and_n(client: openai.OpenAI) -> None:
-    both = client.completions.create(model="demo", prompt=["One, two, three,", "Red, green,"], max_tokens=5, temperature=0)
+    both = client.completions.create(
+        model="demo", prompt=["One, two, three,", "Red, green,"], max_tokens=5, temperature=0
+    )
     assert [choice.index for choice in both.choices] == [0, 1]
     assert both.choices[0].text.startswith(" four")
     assert both.choices[0].finish_reason == "length"
@@ -121,7 +123,9 @@ def test_text_completions_take_lists_and_token_ids_and_n(client: openai.OpenAI) 
     two = ask(client, PROMPTS[6], n=2, temperature=1.0, seed=1)
     assert [choice.index for choice in two.choices] == [0, 1]
     assert two.choices[0].message.content != two.choices[1].message.content
-    streamed = client.completions.create(model="demo", prompt="One, two, three,", max_tokens=5, temperature=0, stream=True)
+    streamed = client.completions.create(
+        model="demo", prompt="One, two, three,", max_tokens=5, temperature=0, stream=True
+    )
     assert "".join(chunk.choices[0].text for chunk in streamed) == both.choices[0].text
 
 
@@ -188,7 +192,9 @@ HELLO: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content
         ("/health", {}, 405, None, None),
     ],
 )
-def test_mistakes_have_openai_shape(server: Any, path: str, body: Any, status: int, param: str | None, code: str | None) -> None:
+def test_mistakes_have_openai_shape(
+    server: Any, path: str, body: Any, status: int, param: str | None, code: str | None
+) -> None:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     got, answer, _ = post(server, path, data)
     assert got == status, answer
