@@ -3,7 +3,7 @@
 import dataclasses
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 def escape(value: object) -> str:
@@ -58,7 +58,7 @@ def horizontal_bars(bars: Sequence[Bar], *, title: str) -> str:
 
 
 def grouped_columns(
-    groups: Sequence[str], series: dict[str, Sequence[float]], *, kinds: Sequence[str], title: str
+    groups: Sequence[str], series: Mapping[str, Sequence[float]], *, kinds: Sequence[str], title: str
 ) -> str:
     """Draw one column a series in each group, beside each other."""
     width, height, left, bottom = 960, 260, 64, 34

@@ -171,11 +171,12 @@ def _placement(result: CalibrationResult) -> str:
     if result.coverage is not None:
         about += f" Coverage, the effective number of damaged modules: {number(result.coverage)}."
     legend = f'<p class="soft">0<span class="ramp"></span>{number(largest)} (colour follows the square root)</p>'
-    rows = [
-        (module, sum(1 for rank in ranks[module] if rank), sum(ranks[module]), max(ranks[module], default=0))
-        for module in modules
-    ]
-    rows.append(("all", *(sum(row[i] for row in rows) for i in (1, 2)), max(row[3] for row in rows)))
+
+    def counts(name: str, values: Sequence[int]) -> tuple[object, ...]:
+        return name, sum(1 for rank in values if rank), sum(values), max(values, default=0)
+
+    rows = [counts(module, ranks[module]) for module in modules]
+    rows.append(counts("all", [rank for module in modules for rank in ranks[module]]))
     table = _table(("module", "layers with one", "ranks in all", "largest rank"), rows, total=True)
     return _section("Damage and placement", about, f'<div class="scroll">{chart}</div>{legend}{table}')
 
@@ -246,7 +247,10 @@ def _tasks(result: CalibrationResult) -> str:
 def _timings(result: CalibrationResult) -> str:
     if not result.timings:
         return ""
-    bars = [Bar(label=t.stage, value=t.seconds, kind="reference", note=_duration(t.seconds)) for t in result.timings]
+    bars = [
+        Bar(label=t.stage, value=t.seconds, kind="reference", note=_duration(t.seconds) if t.seconds >= 90 else "s")
+        for t in result.timings
+    ]
     return _section("Time", "Seconds of each stage.", horizontal_bars(bars, title="Seconds by stage"))
 
 

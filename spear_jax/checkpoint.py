@@ -54,13 +54,21 @@ class LinearLayout:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ArrayLayout:
+    """Shape and type of an array."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BankLayout:
-    """How one module's compensators are laid out: rank per layer, type of the factors, fields of the gate."""
+    """How one module's compensators are laid out: rank per layer, type of the factors, the arrays that a gate has."""
 
     ranks: tuple[int, ...]
     int8: bool
-    gate_shapes: dict[str, tuple[int, ...]] | None = None
-    gate_settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    gate: dict[str, ArrayLayout] | None = None
+    gate_form: Literal["tanh", "linear", "shift"] = "tanh"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -245,12 +253,16 @@ def _linear_layout(model: Decoder, module: str) -> LinearLayout:
 
 
 def _bank_layout(bank: CompensatorBank) -> BankLayout:
-    shapes, settings = None, {}
+    gate = None
     if bank.gate is not None:
         fields = {field.name: getattr(bank.gate, field.name) for field in dataclasses.fields(bank.gate)}
-        shapes = {name: tuple(value.shape) for name, value in fields.items() if isinstance(value, nnx.Variable)}
-        settings = {name: value for name, value in fields.items() if name not in shapes}
-    return BankLayout(ranks=bank.ranks, int8=bank.a_scale is not None, gate_shapes=shapes, gate_settings=settings)
+        gate = {
+            name: ArrayLayout(shape=value.shape, dtype=str(value.dtype))
+            for name, value in fields.items()
+            if isinstance(value, nnx.Variable)
+        }
+    form = "tanh" if bank.gate is None else bank.gate.form
+    return BankLayout(ranks=bank.ranks, int8=bank.a_scale is not None, gate=gate, gate_form=form)
 
 
 def _skeleton(info: CheckpointInfo, *, source: str) -> Decoder:
@@ -283,8 +295,9 @@ def _bank(layout: BankLayout, n: int, k: int) -> CompensatorBank:
     dtype = jnp.int8 if layout.int8 else jnp.float32
     scale = jnp.zeros(total) if layout.int8 else None
     gate = None
-    if layout.gate_shapes is not None:
-        gate = Gate(**{key: jnp.zeros(shape) for key, shape in layout.gate_shapes.items()}, **layout.gate_settings)
+    if layout.gate is not None:
+        arrays = {name: jnp.zeros(array.shape, array.dtype) for name, array in layout.gate.items()}
+        gate = Gate(**arrays, form=layout.gate_form)
     return CompensatorBank(
         layout.ranks,
         jnp.zeros((total, k), dtype),

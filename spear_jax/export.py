@@ -1,6 +1,5 @@
 """Quantized models written back as Hugging Face directories, for tools that know nothing of int4 or compensators."""
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from jaxtyping import Array, Float
 from spear_jax.atomic import writing_directory
 from spear_jax.config import ModelConfig, RopeScaling
 from spear_jax.models.assembly import Family, Slot, slots
-from spear_jax.models.decoder import MODULES, Decoder, weight_shapes
+from spear_jax.models.decoder import Decoder, weight_shapes
 from spear_jax.models.families import HF_FAMILIES
 from spear_jax.nn.rope import rope_frequencies
 from spear_jax.quant import CompensatorBank, QuantTensor
@@ -32,7 +31,10 @@ _MODEL_TYPES = {
     "qwen3": ("Qwen3ForCausalLM", "qwen3"),
     "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
 }
-_FORMULA = "y = W x + B (g * z), z = A x, g = 1 + tanh(w_out silu(w_in^T z + b_in) + b_out), or g = 1 without a gate"
+_FORMULA = (
+    "y = W x + B f(z), z = A x, h = w_out silu(w_in^T z + w_probe^T (probe x) + w_rms log(rms(x)) + b_in) + b_out; "
+    "f(z) = z without a gate, z (1 + tanh h) for form tanh, z (1 + h) for linear, z + h for shift"
+)
 
 
 def export_huggingface(
@@ -48,8 +50,10 @@ def export_huggingface(
 
     `fold` adds static compensators to the weights, W + B A. `separate` writes them to `compensators.safetensors`:
     float32 tensors `layers.{i}.{module}.a` [R, K] and `.b` [N, R], and of a gate `.gate.w_in` [R, H], `.gate.b_in` [H],
-    `.gate.w_out` [R, H], `.gate.b_out` [R]; module is qkv (rows q, k, v), o, gate_up (gate, up) or down. Without a
-    choice, static ones are folded and gated ones separate: a gate depends on the token.
+    `.gate.w_out` [R, H], `.gate.b_out` [R] and, if it has them, `.gate.probe` [P, K], `.gate.w_probe` [P, H] and
+    `.gate.w_rms` [H]; module is qkv (rows q, k, v), o, gate_up (gate, up) or down. The file's metadata hold the
+    `formula` and each module's `form.{module}`. Without a choice, static ones are folded and gated ones separate: a
+    gate depends on the token.
 
     Raises:
         ValueError: Gated compensators cannot be folded, or the architecture cannot be said in config.json.
@@ -65,6 +69,7 @@ def export_huggingface(
     config = huggingface_config(model.config) | {"dtype": dtype, "torch_dtype": dtype}
     family = HF_FAMILIES[config["architectures"][0]]
     extra = {} if fold else _separate_tensors(model)
+    forms = {f"form.{module}": bank.gate.form for module, bank in model.compensators.items() if bank.gate is not None}
     elements = sum(int(np.prod(shape)) for shape in weight_shapes(model.config).values())
     size = elements * jnp.dtype(dtype).itemsize + sum(tensor.nbytes for tensor in extra.values()) + (64 << 20)
     with writing_directory(path, size=size, overwrite=overwrite) as partial:
@@ -77,7 +82,7 @@ def export_huggingface(
         )
         _write_shards(partial, _foreign_tensors(model, family, fold=fold, dtype=jnp.dtype(dtype)))
         if extra:
-            save_file(extra, partial / COMPENSATORS, metadata={"format": "spear_jax 1", "formula": _FORMULA})
+            save_file(extra, partial / COMPENSATORS, metadata={"format": "spear_jax 1", "formula": _FORMULA} | forms)
 
 
 def huggingface_config(config: ModelConfig) -> dict[str, Any]:
@@ -235,16 +240,19 @@ def _factors(bank: CompensatorBank, layer: int) -> dict[str, Array] | None:
 
     arrays = {"a": rows(compensator.a, compensator.a_scale), "b": rows(compensator.bt, compensator.bt_scale).T}
     if compensator.gate is not None:
-        for field in dataclasses.fields(compensator.gate):
-            arrays[f"gate.{field.name}"] = jnp.asarray(getattr(compensator.gate, field.name), jnp.float32)
+        gate = compensator.gate
+        for name in ("w_in", "b_in", "w_out", "b_out", "w_probe", "w_rms"):
+            if (value := getattr(gate, name)) is not None:
+                arrays[f"gate.{name}"] = value.astype(jnp.float32)
+        if gate.probe is not None:
+            arrays["gate.probe"] = rows(gate.probe, gate.probe_scale)
     return arrays
 
 
 def _separate_tensors(model: Decoder) -> dict[str, np.ndarray]:
     tensors = {}
-    for module in MODULES:
-        bank = model.compensators.get(module)
-        for layer in range(model.config.num_layers if bank is not None else 0):
+    for module, bank in model.compensators.items():
+        for layer in range(model.config.num_layers):
             for name, array in (_factors(bank, layer) or {}).items():
                 tensors[f"layers.{layer}.{module}.{name}"] = np.ascontiguousarray(array)
     return tensors

@@ -110,6 +110,27 @@ def test_restores_every_array_bit_for_bit(tmp_path, spec, gated):
     np.testing.assert_array_equal(logits(loaded.model), logits(model))
 
 
+def test_gates_with_further_features_come_back(tmp_path):
+    model = make_model()
+    shapes, probes = model.config.module_shapes(), 2
+    ranks = (2, 0, 1)
+    bank = make_bank(ranks, *shapes["o"], gated=False)
+    gate = Gate(
+        w_in=jnp.ones((3, 4)), b_in=jnp.ones((3, 4)), w_out=jnp.full((3, 4), 0.1), b_out=jnp.ones(3), form="shift",
+        probe=jnp.ones((3, probes, shapes["o"][1]), jnp.int8), probe_scale=jnp.full((3, probes), 0.01),
+        w_probe=jnp.ones((3, probes, 4)), w_rms=jnp.ones((3, 4)),
+    )  # fmt: skip
+    bank = CompensatorBank(
+        ranks, bank.a[...], bank.bt[...], a_scale=bank.a_scale[...], bt_scale=bank.bt_scale[...], gate=gate
+    )
+    model = model.replace(compensators=nnx.Dict(o=bank))
+    save_checkpoint(tmp_path / "m", model, make_tokenizer(), name="tiny")
+    loaded = load_checkpoint(tmp_path / "m").model
+    assert loaded.compensators["o"].gate.form == "shift"
+    assert_same_arrays(loaded, model)
+    np.testing.assert_array_equal(logits(loaded), logits(model))
+
+
 def test_floating_factors_and_no_compensators(tmp_path):
     model = make_model()
     bank = make_bank((2, 2, 2), *model.config.module_shapes()["o"], gated=False, int8=False)
@@ -178,7 +199,7 @@ def test_inspect_tells_what_was_given(saved):
     assert info.details == {"quantizer": "rtn", "seed": 3}
     assert info.linears["qkv"].groups == 1
     assert info.compensators["down"].ranks == (0, 3, 0)
-    assert info.compensators["down"].gate_shapes["w_in"] == (3, 4)
+    assert info.compensators["down"].gate["w_in"].shape == (3, 4)
     bank = sum(bank.nbytes for bank in make_model().compensators.values())
     assert components["compensator factors"] + components["compensator gates"] == bank
 
