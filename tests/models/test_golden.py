@@ -19,7 +19,6 @@ TOLERANCE = 1e-4
 REAL = {
     "gemma-3-270m": "gemma-3-270m.gguf",
     "qwen2.5-coder-0.5b": "qwen2.5-coder-0.5b-instruct.gguf",
-    "qwen2.5-coder-1.5b": "qwen2.5-coder-1.5b-instruct.gguf",
 }
 
 
