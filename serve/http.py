@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.gateway import Gateway, Ticket
 from serve.metrics import CONTENT_TYPE
@@ -19,6 +19,8 @@ from serve.schema import ChatBody, CommonBody, CompletionBody
 
 _RETRY_SECONDS = "1"
 _CLIENT_GONE = 499
+_DISCARDED_BYTES = 64 * 2**20
+"""How much of a body that is too large is read before the connection is closed."""
 
 type Prompts = list[tuple[int, ...]]
 
@@ -36,9 +38,9 @@ def create_app(gateway: Gateway, *, max_body_bytes: int) -> FastAPI:
     app = FastAPI(
         title="spear-jax",
         description="OpenAI-compatible server of 4-bit language models.",
-        max_body_size=max_body_bytes,
         strict_content_type=False,
     )
+    app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     _handle_errors(app)
 
     @app.post("/v1/chat/completions")
@@ -71,6 +73,44 @@ def create_app(gateway: Gateway, *, max_body_bytes: int) -> FastAPI:
         return Response(gateway.metrics.render(), media_type=CONTENT_TYPE)
 
     return app
+
+
+class BodyLimit:
+    """Answers 413 to a request whose body is larger than `max_bytes`, declared or not.
+
+    The rest of such a body is read and thrown away, up to a bound: a connection closed while the client still sends
+    reaches it as a broken pipe instead of an answer.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int):
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read the body, then let the application read it again."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        parts: list[bytes] = []
+        size, more = 0, True
+        while more and size <= self._max_bytes + _DISCARDED_BYTES:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            size += len(message.get("body", b""))
+            more = message.get("more_body", False)
+            if size <= self._max_bytes:
+                parts.append(message.get("body", b""))
+        if size > self._max_bytes:
+            message = f"the body is larger than the {self._max_bytes} bytes this server takes"
+            await _error(413, message, code="body_too_large")(scope, receive, send)
+            return
+        body: list[Message] = [{"type": "http.request", "body": b"".join(parts), "more_body": False}]
+
+        async def replay() -> Message:
+            return body.pop() if body else await receive()
+
+        await self._app(scope, replay, send)
 
 
 async def _answer(
@@ -319,8 +359,6 @@ def _handle_errors(app: FastAPI) -> None:
     async def http_error(request: Request, error: HTTPException) -> Response:
         if error.status_code == 404:
             return _error(404, f"there is no {request.method} {request.url.path} here", code="unknown_url")
-        if error.status_code == 413:
-            return _error(413, "the body is larger than this server takes", code="body_too_large")
         return _error(error.status_code, str(error.detail))
 
     @app.exception_handler(BadParameterError)

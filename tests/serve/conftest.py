@@ -34,6 +34,7 @@ class ServerProcess:
 
     process: subprocess.Popen[str]
     log: list[str]
+    reader: threading.Thread | None = None
     url: str = ""
 
     def wait_for_log(self, word: str, *, seconds: float) -> str:
@@ -85,7 +86,8 @@ def launch(*flags: str) -> ServerProcess:
         for line in process.stderr:
             server.log.append(line)
 
-    threading.Thread(target=read, daemon=True).start()
+    server.reader = threading.Thread(target=read, daemon=True)
+    server.reader.start()
     try:
         server.url = server.wait_for_log("listening", seconds=120).split()[-1]
     except BaseException:
@@ -103,8 +105,11 @@ def end(server: ServerProcess) -> None:
         except subprocess.TimeoutExpired:
             server.process.kill()
             server.process.wait()
-    assert server.process.stdout is not None
-    server.process.stdout.close()
+    if server.reader is not None:
+        server.reader.join(30)
+    for pipe in (server.process.stdout, server.process.stderr):
+        assert pipe is not None
+        pipe.close()
 
 
 @pytest.fixture(scope="session")

@@ -180,7 +180,6 @@ HELLO: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content
         (CHAT, HELLO | {"model": "gpt-9"}, 404, "model", "model_not_found"),
         (CHAT, b'{"model": "demo", "messages": [{"role": "user", "content": "\\ud800"}]}', 400, "messages", None),
         (TEXT, {"model": "demo", "prompt": []}, 400, "prompt", "invalid_value"),
-        (TEXT, {"model": "demo", "prompt": ""}, 400, "prompt", None),
         (TEXT, {"model": "demo", "prompt": [10**9]}, 400, "prompt", "invalid_value"),
         (TEXT, {"model": "demo", "prompt": [-1]}, 400, "prompt", "invalid_type"),
         (TEXT, {"model": "demo", "prompt": [9] * 384}, 400, "prompt", "context_length_exceeded"),
