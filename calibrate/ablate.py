@@ -22,7 +22,7 @@ from calibrate.damage import Strategy, choose_ranks, module_damage
 from calibrate.data import cut_texts, read_texts, sample_tokens
 from calibrate.quantizers import Base, Quantizer, quantize_base, weight_errors
 from calibrate.student import GateConfig, Params, Student, initial_compensators, zero_byte_params
-from calibrate.train import CurvePoint, Trainer, TrainConfig, TrainingDiverged, TrainState, dense_weights
+from calibrate.train import CurvePoint, TrainConfig, Trainer, TrainingDiverged, TrainState, dense_weights
 from spear_jax.cli import parse_flags, run_main
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.quantize import cast_model, expand_model, weight_bytes
@@ -40,15 +40,15 @@ class Arm:
     name: str = "arm"
     base: Quantizer = "rtn"
     zero: str = ""
-    zero_train: TrainConfig = TrainConfig()
+    zero_train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     compensate: bool = True
     joint: str = ""
     budget: float = 0.01
     placement: Strategy = "uniform"
     flatten: float = 1.0
     max_rank: int = 16
-    gate: GateConfig = GateConfig(form="static")
-    train: TrainConfig = TrainConfig()
+    gate: GateConfig = dataclasses.field(default_factory=lambda: GateConfig(form="static"))
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     int8: bool = True
     seed: int = 0
 
@@ -91,18 +91,28 @@ def _assign(target: Any, path: list[str], value: str, *, where: str) -> Any:
     return dataclasses.replace(target, **{head: new})
 
 
-_ZERO = "zero_train.steps=400"
 PRESETS: dict[str, tuple[str, ...]] = {
-    "first": (
+    "quick-gpu": (
+        "rtn:compensate=0",
+        "clip:base=clip,compensate=0",
+        "gptq-clip:base=gptq-clip,compensate=0",
+        "refined:base=refined,compensate=0",
         "static:",
-        "static-3e-3:train.factor_rate=3e-3",
-        "static-3e-2:train.factor_rate=3e-2",
-        "published:gate.form=published",
-        "linear-rms:gate.form=linear,gate.rms=1,gate.hidden=8",
+        "static-hot:train.factor_rate=3e-2",
+        "static-cool:train.factor_rate=3e-3",
         "shift-rms:gate.form=shift,gate.rms=1,gate.hidden=8",
-        "shift-probe:gate.form=shift,gate.rms=1,gate.hidden=8,gate.probes=1",
-        "static-cka:placement=cka",
+        "refined-scales-ec:base=refined,zero=scales+norms",
+        "refined-codes:base=refined,zero=scales+norms+codes,compensate=0",
+        "published:gate.form=published",
         "static-gain-flat:placement=gain,flatten=0.5",
+    ),
+    "better": (
+        "long:train.steps=2000",
+        "long-kl:train.steps=2000,train.hidden_weight=0.1",
+        "cka:placement=cka",
+        "linear-rms:gate.form=linear,gate.rms=1,gate.hidden=8",
+        "shift-probe:gate.form=shift,gate.rms=1,gate.hidden=8,gate.probes=1",
+        "linear-probe:gate.form=linear,gate.rms=1,gate.hidden=8,gate.probes=1",
     ),
     "zero": (
         "rtn-scales:zero=scales+norms,compensate=0",
@@ -113,7 +123,10 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "refined-scales-ec-joint:base=refined,zero=scales+norms,joint=scales+norms",
         "refined-codes-ec:base=refined,zero=scales+norms+codes",
     ),
-    "bases": tuple(f"{base}:base={base},compensate=0" for base in ("rtn", "awq", "clip", "learned-clip", "gptq", "gptq-clip", "refined")),
+    "bases": tuple(
+        f"{base}:base={base},compensate=0"
+        for base in ("rtn", "awq", "clip", "learned-clip", "gptq", "gptq-clip", "refined")
+    ),
     "gates": tuple(
         f"{form}-{seed}:gate.form={form},seed={seed}" for seed in range(3) for form in ("static", "published", "shift")
     ),
@@ -144,7 +157,7 @@ class AblateConfig:
     """Begin windows with BOS."""
 
     preset: str = ""
-    """Set of arms: first, zero, bases, gates, placement."""
+    """Set of arms: quick-gpu, better, zero, bases, gates, placement."""
 
     arms: tuple[str, ...] = ()
     """Arms as "name:key=value,key=value", run after those of the preset."""
@@ -274,7 +287,12 @@ class Workbench:
         dense = expand_model(model, self.reference.dtype)
         return {
             name: perplexity(
-                dense, tokens, window=config.window, bos_id=bos, max_windows=config.windows, batch_size=config.batch_size
+                dense,
+                tokens,
+                window=config.window,
+                bos_id=bos,
+                max_windows=config.windows,
+                batch_size=config.batch_size,
             ).value
             for name, tokens in self.texts.items()
         }
@@ -455,7 +473,8 @@ def save_params(path: Path, params: Params, ranks: dict[str, tuple[int, ...]]) -
         jax.tree_util.keystr(key, simple=True, separator="."): np.asarray(leaf)
         for key, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    np.savez(path, **flat, **{f"ranks.{name}": np.asarray(values) for name, values in ranks.items()})
+    flat |= {f"ranks.{name}": np.asarray(values) for name, values in ranks.items()}
+    np.savez(path, allow_pickle=False, **flat)
 
 
 def ablate(config: AblateConfig) -> dict[str, Any]:
@@ -512,7 +531,9 @@ def main() -> None:
 def _main(config: AblateConfig) -> None:
     results = ablate(config)
     summary = {
-        name: {key: arm.get(key) for key in ("perplexity", "recovered_of_rtn", "recovered_of_base", "overhead_of_model")}
+        name: {
+            key: arm.get(key) for key in ("perplexity", "recovered_of_rtn", "recovered_of_base", "overhead_of_model")
+        }
         for name, arm in results["arms"].items()
     }
     print(json.dumps(summary))

@@ -1,6 +1,7 @@
 """What flows through a model: hidden states, and the second moments of every linear's input."""
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,11 +33,29 @@ def fused_attend(
 
 def choose_attend(model: Decoder, length: int) -> Attend:
     """Give the fastest causal attention for sequences of `length` tokens that this device and model allow."""
-    unlimited = min(model.config.windows) >= length
+    config = model.config
     half = jnp.dtype(model.dtype) in (jnp.bfloat16, jnp.float16)
-    if jax.default_backend() == "gpu" and half and unlimited and model.config.head_dim <= 128:
-        return fused_attend
-    return causal_attend
+    if jax.default_backend() != "gpu" or not half or min(config.windows) < length:
+        return causal_attend
+    works = _fused_works(length, config.num_heads, config.num_kv_heads, config.head_dim, jnp.dtype(model.dtype).name)
+    return fused_attend if works else causal_attend
+
+
+@functools.cache
+def _fused_works(length: int, heads: int, kv_heads: int, width: int, dtype: str) -> bool:
+    """Try cuDNN's attention and its gradient once: which shapes it takes depends on its version and the device."""
+    q, k = (jnp.zeros((1, length, count, width), dtype) for count in (heads, kv_heads))
+
+    def total(q: Array) -> Array:
+        return fused_attend(q, k, k, None, layer=0, window=length, scale=1.0)[0].astype(jnp.float32).sum()
+
+    try:
+        jax.block_until_ready(jax.jit(jax.grad(total))(q))
+    except Exception as error:  # Refusals come as several types, from JAX's checks and from the library.
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"cuDNN attention cannot be used, going on without: {first}", file=sys.stderr)
+        return False
+    return True
 
 
 def hidden_states(
@@ -68,7 +87,9 @@ def all_hidden_states(
     model: Decoder, tokens: Int[np.ndarray, "S T"], *, batch_size: int, attend: Attend = causal_attend
 ) -> Float[Array, "S T D"]:
     """Compute the final hidden states of many sequences, `batch_size` at a time; they stay on the device."""
-    return jnp.concatenate([_hidden_batch(model, jnp.asarray(rows), attend=attend) for rows in _batches(tokens, batch_size)])
+    return jnp.concatenate(
+        [_hidden_batch(model, jnp.asarray(rows), attend=attend) for rows in _batches(tokens, batch_size)]
+    )
 
 
 def _batches(tokens: Any, size: int) -> Iterator[Any]:

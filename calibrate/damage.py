@@ -110,7 +110,8 @@ def choose_ranks(
         for column, name in enumerate(MODULES):
             weight = 1.0
             if by_damage:
-                assert damage is not None and diagnosis is not None
+                assert damage is not None
+                assert diagnosis is not None
                 covered = strategy == "gain" or layer * len(MODULES) + column in diagnosis.chosen
                 weight = damage[layer, column] if covered else 0.0
             candidates.append(

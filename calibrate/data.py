@@ -87,9 +87,8 @@ def sample_tokens(
         ValueError: A size makes no sense.
     """
     if count < 1 or length < 2 or length > model.config.max_position:
-        raise ValueError(
-            f"cannot sample {count} sequences of {length} tokens: expected at least 1 of 2 to {model.config.max_position}"
-        )
+        limit = model.config.max_position
+        raise ValueError(f"cannot sample {count} sequences of {length} tokens: expected at least 1 of 2 to {limit}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     config = model.config

@@ -85,7 +85,7 @@ def quantize_base(
     for done, name in enumerate(MODULES, start=1):
         linear: Linear = getattr(model.layers, name)
         spec.groups(linear.weight.shape[-1], name=name)
-        tensor = round_weight(linear.weight[...], moments[name], quantizer=quantizer, spec=spec)
+        tensor = round_weight(float_weight(linear), moments[name], quantizer=quantizer, spec=spec)
         setattr(layers, name, Linear(tensor, _bias(linear)))
         if progress:
             progress(done, len(MODULES))
@@ -98,7 +98,7 @@ def move_channel_scales(model: Decoder, moments: Moments, spec: QuantSpec) -> tu
     Each module's input channels are multiplied, and what feeds them divided: the norm before `qkv` and `gate_up`, the
     rows of `up` before `down`. The input of `o` is left alone, as heads that share values cannot be scaled apart.
     """
-    weights = {name: getattr(model.layers, name).weight[...].astype(jnp.float32) for name in MODULES}
+    weights = {name: float_weight(getattr(model.layers, name)).astype(jnp.float32) for name in MODULES}
     moments = dict(moments)
 
     def scale(name: str) -> Float[Array, "L K"]:
@@ -116,7 +116,7 @@ def move_channel_scales(model: Decoder, moments: Moments, spec: QuantSpec) -> tu
         setattr(layers, norm_name, RMSNorm(gain.astype(norm.weight.dtype), eps=norm.eps))
     for name in MODULES:
         linear: Linear = getattr(model.layers, name)
-        setattr(layers, name, Linear(weights[name].astype(linear.weight.dtype), _bias(linear)))
+        setattr(layers, name, Linear(weights[name].astype(float_weight(linear).dtype), _bias(linear)))
     return model.replace(layers=layers), moments
 
 
@@ -137,7 +137,7 @@ def quantize_sequentially(
         layer = jax.tree.map(lambda leaf: leaf, layer)
         for name in MODULES:
             linear: Linear = getattr(layer, name)
-            tensor = round_weight(linear.weight[...], moments[name], quantizer=quantizer, spec=spec)
+            tensor = round_weight(float_weight(linear), moments[name], quantizer=quantizer, spec=spec)
             done[name].append(tensor)
             setattr(layer, name, Linear(tensor.dequantize(model.dtype), _bias(linear)))
         return layer
@@ -150,6 +150,12 @@ def quantize_sequentially(
     return model.replace(layers=layers)
 
 
+def float_weight(linear: Linear) -> Float[Array, "*L N K"]:
+    """Give the weight of a linear that has not been quantized."""
+    assert not isinstance(linear.weight, QuantTensor)
+    return linear.weight[...]
+
+
 def _bias(linear: Linear) -> Array | None:
     return None if linear.bias is None else linear.bias[...]
 
@@ -157,6 +163,6 @@ def _bias(linear: Linear) -> Array | None:
 def weight_errors(exact: Decoder, dense: dict[str, Array]) -> dict[str, Float[Array, "L N K"]]:
     """Give `W - W_q` of the four stacks, float32; `dense` are the quantized weights written out."""
     return {
-        name: getattr(exact.layers, name).weight[...].astype(jnp.float32) - dense[name].astype(jnp.float32)
+        name: float_weight(getattr(exact.layers, name)).astype(jnp.float32) - dense[name].astype(jnp.float32)
         for name in MODULES
     }

@@ -26,9 +26,9 @@ NORMS = ("input_norm", "mlp_norm", "q_norm", "k_norm", "attn_out_norm", "mlp_out
 class GateConfig:
     """Which gate compensators get, and how large it is.
 
-    `form` "static" is none; "published" is 1 + tanh(MLP(z)); "linear" drops the tanh; "shift" adds MLP(z) to z. `hidden`
-    is the width of the MLP. `probes` adds that many int8 projections of x, and
-    `rms` the logarithm of its root mean square, to what the gate sees.
+    `form` "static" is none; "published" is 1 + tanh(MLP(z)); "linear" drops the tanh; "shift" adds MLP(z) to z.
+    `hidden` is the width of the MLP. `probes` adds that many int8 projections of x, and `rms` the logarithm of its root
+    mean square, to what the gate sees.
     """
 
     form: GateForm = "published"
@@ -38,7 +38,7 @@ class GateConfig:
 
     def __post_init__(self) -> None:
         if self.hidden < 1 or self.probes < 0:
-            raise ValueError(f"a gate needs hidden of at least 1 and probes of at least 0, got {self.hidden}, {self.probes}")
+            raise ValueError(f"a gate needs hidden >= 1 and probes >= 0, got {self.hidden} and {self.probes}")
 
     @property
     def rank_bytes(self) -> int:
@@ -237,13 +237,11 @@ class Student:
                 form = "tanh" if self.gate.form == "published" else self.gate.form
                 assert form != "static"
                 gate = Gate(**arrays, form=form)
-            banks[name] = CompensatorBank(
-                self.ranks[name], through(factors["a"]), through(factors["bt"]), gate=gate
-            )
+            banks[name] = CompensatorBank(self.ranks[name], through(factors["a"]), through(factors["bt"]), gate=gate)
         return banks
 
     def finish(self, base: Decoder, params: Params) -> Decoder:
-        """Build the model to store: `QuantTensor` linears, norm gains in their own type, int8 factors, bfloat16 gates."""
+        """Build the model to store: `QuantTensor` linears, norms in their own type, int8 factors, bfloat16 gates."""
         layers = jax.tree.map(lambda leaf: leaf, base.layers)
         for name in MODULES:
             if name not in params.get("scales", {}) and name not in params.get("codes", {}):

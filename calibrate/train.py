@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from calibrate.capture import all_hidden_states, choose_attend, hidden_states
 from calibrate.student import Params, Student
-from spear_jax.models.decoder import Decoder
+from spear_jax.models.decoder import MODULES, Decoder
 
 _LOGITS_BYTES = 2**29
 """Float32 logits of each model held at a time."""
@@ -152,10 +152,14 @@ def make_optimizer(config: TrainConfig, params: Params, units: Params) -> optax.
             parts.append(optax.add_decayed_weights(config.weight_decay))
         return optax.chain(*parts, optax.scale_by_learning_rate(rate(peak)))
 
-    labels = {group: jax.tree.map(lambda _: group, part) for group, part in params.items()}
-    rates = {group: adam(peak) for group, peak in config.rates().items() if group in params}
+    labels = {group: jax.tree.map(lambda _, label=group: label, part) for group, part in params.items()}
+    rates: dict[Hashable, optax.GradientTransformation] = {
+        group: adam(peak) for group, peak in config.rates().items() if group in params
+    }
     return optax.chain(
-        _clip_by_group(config.clip), optax.transforms.partition(rates, labels), optax.stateless(lambda u, _: jax.tree.map(jnp.multiply, u, units))
+        _clip_by_group(config.clip),
+        optax.transforms.partition(rates, labels),
+        optax.stateless(lambda u, _: jax.tree.map(jnp.multiply, u, units)),
     )
 
 
@@ -259,7 +263,7 @@ class Trainer:
             broken = jax.tree.map(lambda leaf: ~jnp.all(jnp.isfinite(leaf)), gradient)
             good = jnp.isfinite(loss) & ~jnp.any(jnp.stack(jax.tree.leaves(broken)))
             updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
-            params = optax.apply_updates(state.params, updates)
+            params: Any = optax.apply_updates(state.params, updates)
             average = state.average
             if self.config.ema:
                 decay = jnp.minimum(self.config.ema, (1 + state.step) / (10 + state.step))
@@ -381,6 +385,4 @@ def _dequantize(tensor: Any, *, dtype: Any) -> Array:
 
 def dense_weights(base: Decoder) -> dict[str, Float[Array, "L N K"]]:
     """Give the four stacks of int4 weights in the model's type."""
-    from spear_jax.models.decoder import MODULES
-
     return {name: _dequantize(getattr(base.layers, name).weight, dtype=jnp.dtype(base.dtype)) for name in MODULES}

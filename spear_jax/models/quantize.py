@@ -37,7 +37,8 @@ def cast_model(model: Decoder, dtype: Any) -> Decoder:
     """Give the model with its floating weights in `dtype`; int4 weights keep their codes and scales."""
 
     def cast(leaf: Any) -> Any:
-        return leaf if isinstance(leaf, QuantTensor) or not jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(dtype)
+        kept = isinstance(leaf, QuantTensor) or not jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf if kept else leaf.astype(dtype)
 
     return jax.tree.map(cast, model, is_leaf=lambda leaf: isinstance(leaf, QuantTensor))
 
