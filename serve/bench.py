@@ -82,7 +82,10 @@ async def _request(client: httpx.AsyncClient, model: str, number: int, tokens: i
 
 async def _measure(config: BenchConfig, streams: int) -> dict[str, float]:
     async with httpx.AsyncClient(base_url=config.url, timeout=600) as client:
-        model = config.model or (await client.get("/v1/models")).json()["data"][0]["id"]
+        listed = await client.get("/v1/models")
+        if listed.status_code != 200:
+            raise ValueError(f"{config.url}/v1/models answered {listed.status_code}: {listed.text[:200]}")
+        model = config.model or listed.json()["data"][0]["id"]
 
         async def stream(first: int, count: int) -> list[_Sample]:
             return [await _request(client, model, first + i, config.tokens) for i in range(count)]

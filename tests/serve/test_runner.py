@@ -18,7 +18,9 @@ GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 CONFIGS = {
     "full": tiny_config(),
     "sliding": tiny_config(sliding_window=20, layer_is_global=(False, True, False)),
+    "undecided": tiny_config(tie_embeddings=False),  # logits of order one: draws differ
 }
+NAMES = ["full", "sliding"]
 
 
 @functools.cache
@@ -60,7 +62,7 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize("layout", ["stacked", "separate", "cpu"])
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", NAMES)
 def test_greedy_tokens_equal_those_without_a_cache(name: str, layout: str) -> None:
     model, prompt, count = model_of(name), prompt_of(37), 12
     tokens = generate(runner_of(name, layout), 1, prompt, count)
@@ -70,7 +72,7 @@ def test_greedy_tokens_equal_those_without_a_cache(name: str, layout: str) -> No
     assert np.asarray(logits)[0, len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", NAMES)
 def test_over_many_blocks_of_keys_and_beside_others_the_tokens_are_the_same(name: str) -> None:
     runner, prompt = runner_of(name, "cpu"), prompt_of(20)
     alone = generate(runner, 0, prompt, 200)
@@ -93,7 +95,7 @@ def test_a_slot_keeps_its_answer_while_another_is_prefilled() -> None:
 
 
 def test_a_seed_gives_the_same_tokens_in_any_slot_and_company() -> None:
-    runner, prompt = runner_of("full", "separate"), prompt_of(9)
+    runner, prompt = runner_of("undecided", "separate"), prompt_of(9)
     seeded = SamplingParams(max_tokens=1, temperature=1.0, seed=5)
 
     def draw(slot: int, beside: tuple[int, ...]) -> list[int]:
