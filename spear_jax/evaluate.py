@@ -69,6 +69,9 @@ class EvaluateConfig:
     asymmetric: Annotated[bool, _Zero, _Flag] = False
     """Quantize with zero points."""
 
+    embedding: Literal["keep", "int8"] = "keep"
+    """Embedding and head: as loaded, or rounded to int8 with a scale a row."""
+
     tasks: tuple[str, ...] = ()
     """Zero-shot tasks, separated by commas or blanks: lambada, hellaswag, arc_easy, piqa, winogrande, or all."""
 
@@ -226,9 +229,11 @@ def _bos_id(config: EvaluateConfig, loaded: "LoadedModel") -> int | None:
 
 
 def _quantize(model: "Decoder", config: EvaluateConfig) -> "Decoder":
-    from spear_jax.models.quantize import quantize_model
+    from spear_jax.models.quantize import quantize_model, quantize_tables
     from spear_jax.quant import QuantSpec
 
+    if config.embedding == "int8":
+        model = quantize_tables(model)
     if config.quantize == "none":
         return model
     return quantize_model(model, QuantSpec(group_size=config.group_size, symmetric=not config.asymmetric))

@@ -14,6 +14,7 @@ from spear_jax.nn.attention import Attend, Index, causal_attend
 from spear_jax.nn.linear import Linear, RMSNorm
 from spear_jax.nn.rope import apply_rope, rope_frequencies, rope_tables
 from spear_jax.quant.compensator import CompensatorBank
+from spear_jax.quant.rows import Int8Rows
 
 MODULES = ("qkv", "o", "gate_up", "down")
 """The linears of a layer that are quantized; q, k, v are one product and so are gate, up: they share their input."""
@@ -135,16 +136,17 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, weights: MutableMapping[str, Array]) -> None:
         self.config = config
-        self.embed = nnx.Param(weights["embed.weight"])
+        self.embed: nnx.Param | Int8Rows = nnx.Param(weights["embed.weight"])
         self.layers: Layer | nnx.List = Layer(config, weights)
         self.final_norm = RMSNorm(weights["final_norm.weight"], eps=config.norm_eps)
-        self.head = None if config.tie_embeddings else nnx.Param(weights["head.weight"])
+        self.head: nnx.Param | Int8Rows | None = None if config.tie_embeddings else nnx.Param(weights["head.weight"])
         self.compensators: nnx.Dict = nnx.Dict()
 
     @classmethod
     def from_weights(cls, config: ModelConfig, weights: MutableMapping[str, Any], *, dtype: Any) -> "Decoder":
         """Build a model from the weights that `weight_shapes` names, putting each on the device as `dtype`.
 
+        Norms and biases stay float32: they are few, and gains near one lose half their digits in bfloat16.
         Entries are taken out of `weights` one at a time, so that the host need not hold the model twice.
 
         Raises:
@@ -159,7 +161,7 @@ class Decoder(nnx.Module):
             weight = weights.pop(name)
             if tuple(weight.shape) != shape:
                 raise ValueError(f"{name} has shape {list(weight.shape)}, expected {list(shape)}")
-            arrays[name] = jnp.asarray(weight, dtype=dtype)
+            arrays[name] = jnp.asarray(weight, dtype=jnp.float32 if "norm" in name or name.endswith("bias") else dtype)
         return cls(config, arrays)
 
     @property
@@ -198,7 +200,7 @@ class Decoder(nnx.Module):
     @jax.named_scope("embed")
     def embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Look up and scale the embeddings of tokens."""
-        x = self.embed[...][tokens]
+        x = self.embed.take(tokens) if isinstance(self.embed, Int8Rows) else self.embed[...][tokens]
         return x if self.config.embed_scale == 1 else x * jnp.asarray(self.config.embed_scale, x.dtype)
 
     def ropes(self, positions: Int[Array, "B T"]) -> Ropes:
@@ -213,8 +215,10 @@ class Decoder(nnx.Module):
     @jax.named_scope("head")
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Compute next-token logits in float32."""
-        weight = (self.embed if self.head is None else self.head)[...]
-        return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+        table = self.embed if self.head is None else self.head
+        if isinstance(table, Int8Rows):
+            return table.matmul(hidden)
+        return jnp.einsum("...d,vd->...v", hidden, table[...], preferred_element_type=jnp.float32)
 
     def layer(self, index: int) -> Layer:
         """Give one layer by itself."""

@@ -4,11 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array
 
 from spear_jax.models.decoder import MODULES, Decoder
 from spear_jax.nn.linear import Linear
 from spear_jax.quant.qtensor import QuantSpec, QuantTensor
+from spear_jax.quant.rows import Int8Rows
 from spear_jax.quant.rtn import round_to_nearest
 
 
@@ -23,14 +25,26 @@ def quantize_model(model: Decoder, spec: QuantSpec) -> Decoder:
     return _map_linears(model, lambda linear: round_to_nearest(linear.weight[...], spec))
 
 
+def quantize_tables(model: Decoder) -> Decoder:
+    """Round embedding and head to int8, one scale a row: half their bytes."""
+    head = model.head
+    return model.replace(
+        embed=model.embed if isinstance(model.embed, Int8Rows) else Int8Rows.from_dense(model.embed[...]),
+        head=head if head is None or isinstance(head, Int8Rows) else Int8Rows.from_dense(head[...]),
+    )
+
+
 def expand_model(model: Decoder, dtype: Any) -> Decoder:
-    """Give the model with int4 weights written out in `dtype`: the same function, more memory, no unpacking."""
+    """Give the model with int4 and int8 weights written out in `dtype`: the same function, more memory, no unpacking."""
 
     def weight_of(linear: Linear) -> Array:
         weight = linear.weight
         return weight.dequantize(dtype) if isinstance(weight, QuantTensor) else weight[...]
 
-    return _map_linears(model, weight_of)
+    def table(rows: Any) -> Any:
+        return nnx.Param(rows.dequantize(dtype)) if isinstance(rows, Int8Rows) else rows
+
+    return _map_linears(model, weight_of).replace(embed=table(model.embed), head=table(model.head))
 
 
 def cast_model(model: Decoder, dtype: Any) -> Decoder:

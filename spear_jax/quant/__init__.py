@@ -2,11 +2,13 @@
 
 from spear_jax.quant.compensator import CompensatorBank, CompensatorVariable
 from spear_jax.quant.qtensor import QuantSpec, QuantTensor
+from spear_jax.quant.rows import Int8Rows
 from spear_jax.quant.rtn import round_to_nearest
 
 __all__ = [
     "CompensatorBank",
     "CompensatorVariable",
+    "Int8Rows",
     "QuantSpec",
     "QuantTensor",
     "round_to_nearest",

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.int4_matmul import Gate
 from spear_jax.models.decoder import Decoder, unstack
-from spear_jax.models.quantize import expand_model, quantize_model, weight_bytes
+from spear_jax.models.quantize import expand_model, quantize_model, quantize_tables, weight_bytes
 from spear_jax.quant import CompensatorBank, CompensatorVariable, QuantSpec, QuantTensor, round_to_nearest
 from spear_jax.testing import assert_close, random_weights, tiny_config
 
@@ -90,10 +90,28 @@ def test_quantized_expanded_and_unstacked_models_agree(model):
     quantized = quantize_model(model, QuantSpec(group_size=32))
     expected = hidden(quantized)
     assert float(jnp.linalg.norm(expected - hidden(model)) / jnp.linalg.norm(expected)) > 0.01
-    for same in (unstack(quantized), expand_model(quantized, jnp.float32), unstack(expand_model(quantized, jnp.float32))):
+    for same in (
+        unstack(quantized),
+        expand_model(quantized, jnp.float32),
+        unstack(expand_model(quantized, jnp.float32)),
+    ):
         assert_close(hidden(same), expected, relative=1e-5)
     linears = sum(np.prod(shape) for shape in model.config.module_shapes().values()) * model.config.num_layers
     assert weight_bytes(model) - weight_bytes(quantized) == linears * 4 - linears // 2 - linears // 32 * 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_int8_tables_stay_close_and_expand_to_the_same(tied):
+    config = tiny_config(tie_embeddings=tied)
+    model = Decoder.from_weights(config, random_weights(config), dtype=jnp.float32)
+    rounded = quantize_tables(model)
+    logits = jax.jit(lambda m, t: m.logits(m(t)[0]))
+    tokens = jnp.arange(20)[None]
+    assert_close(logits(rounded, tokens), logits(model, tokens), relative=0.03)
+    assert_close(logits(expand_model(rounded, jnp.float32), tokens), logits(rounded, tokens), relative=1e-5)
+    saved = (1 if tied else 2) * config.vocab_size * (config.hidden_size * 3 - 4)
+    assert weight_bytes(model) - weight_bytes(rounded) == saved
+    assert quantize_tables(rounded).dtype == model.dtype
 
 
 def bank(config, ranks, *, gated=True) -> CompensatorBank:
