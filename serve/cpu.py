@@ -57,4 +57,6 @@ def lay_out_for_cpu(model: Decoder) -> Decoder:
 @jax.named_scope("head")
 def cpu_logits(model: Decoder, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Compute next-token logits by `dense`."""
-    return dense(hidden, (model.embed if model.head is None else model.head)[...])
+    table = model.embed if model.head is None else model.head
+    assert isinstance(table, nnx.Variable), "expand the tables first"
+    return dense(hidden, table[...])
