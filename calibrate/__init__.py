@@ -1,0 +1,1 @@
+"""Calibration: quantize a model, find what that damaged, and train compensators for it."""

@@ -1,0 +1,1 @@
+"""Serve 4-bit language models in JAX at the quality of 16 bits."""

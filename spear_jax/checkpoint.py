@@ -24,7 +24,7 @@ from spear_jax.config import ModelConfig, parse_mapping
 from spear_jax.models import LoadedModel
 from spear_jax.models.decoder import MODULES, Decoder, Layer, weight_shapes
 from spear_jax.nn.linear import Linear
-from spear_jax.quant import CompensatorBank, QuantTensor
+from spear_jax.quant import CompensatorBank, Int8Rows, QuantTensor
 from spear_jax.tokenizer import tokenizer_from_directory
 
 if TYPE_CHECKING:
@@ -100,12 +100,14 @@ def save_checkpoint(
     model. Leftovers of earlier writes to `path` that were killed are removed.
 
     Raises:
-        ValueError: A linear is not int4, layers are not stacked, or `metadata` is not JSON.
+        ValueError: A linear is not int4, a table is int8, layers are not stacked, or `metadata` is not JSON.
         FileExistsError: Something is at `path`, and it is not a checkpoint that `overwrite` allows to replace.
         OSError: The disk is full or cannot be written; nothing is left behind, and what was at `path` stays.
     """
     from orbax.checkpoint import v1 as ocp
 
+    if isinstance(model.embed, Int8Rows) or isinstance(model.head, Int8Rows):
+        raise ValueError("a checkpoint keeps embedding and head in bfloat16: round them to int8 after loading")
     arrays = {key: _as_stored(key, leaf) for key, leaf in named_arrays(model)}
     description = {
         "format": FORMAT,

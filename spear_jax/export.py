@@ -16,7 +16,7 @@ from spear_jax.models.assembly import Family, Slot, slots
 from spear_jax.models.decoder import Decoder, weight_shapes
 from spear_jax.models.families import HF_FAMILIES
 from spear_jax.nn.rope import rope_frequencies
-from spear_jax.quant import CompensatorBank, QuantTensor
+from spear_jax.quant import CompensatorBank, Int8Rows, QuantTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -209,11 +209,9 @@ def _foreign_tensors(
 
 def _weight(model: Decoder, key: str, layer: int | None, *, fold: bool) -> Array:
     *owners, attribute = key.split(".")
-    if key == "embed.weight":
-        return model.embed[...]
-    if key == "head.weight":
-        assert model.head is not None
-        return model.head[...]
+    if key in ("embed.weight", "head.weight"):
+        table = getattr(model, key.removesuffix(".weight"))
+        return table.dequantize(model.dtype) if isinstance(table, Int8Rows) else table[...]
     owner: Any = model
     for name in owners:
         owner = getattr(owner, name)

@@ -35,7 +35,7 @@ def quantize_tables(model: Decoder) -> Decoder:
 
 
 def expand_model(model: Decoder, dtype: Any) -> Decoder:
-    """Give the model with int4 and int8 weights written out in `dtype`: the same function, more memory, no unpacking."""
+    """Give the model with int4 and int8 weights written out in `dtype`: the same function without unpacking."""
 
     def weight_of(linear: Linear) -> Array:
         weight = linear.weight
@@ -51,8 +51,9 @@ def cast_model(model: Decoder, dtype: Any) -> Decoder:
     """Give the model with its floating weights in `dtype`; int4 weights keep their codes and scales."""
 
     def cast(leaf: Any) -> Any:
-        kept = isinstance(leaf, QuantTensor) or not jnp.issubdtype(leaf.dtype, jnp.floating)
-        return leaf if kept else leaf.astype(dtype)
+        if isinstance(leaf, QuantTensor):
+            return leaf
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     return jax.tree.map(cast, model, is_leaf=lambda leaf: isinstance(leaf, QuantTensor))
 
