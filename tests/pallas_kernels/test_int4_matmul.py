@@ -88,7 +88,10 @@ def test_a_gate_that_starts_at_zero_is_a_static_term():
         ({"bias": jnp.ones(31)}, r"bias must have shape \[32\], got \[31\]"),
         ({"zero": jnp.zeros((32, 2), jnp.int8)}, r"zero must have shape \[32, 1\]"),
         ({"z": jnp.ones((2, 4))}, "z was given without a compensator"),
-        ({"compensator": Compensator(a=jnp.ones((3, 64)), bt=jnp.ones((4, 32)))}, r"compensator.a must have shape \[4,"),
+        (
+            {"compensator": Compensator(a=jnp.ones((3, 64)), bt=jnp.ones((4, 32)))},
+            r"compensator.a must have shape \[4,",
+        ),
     ],
 )
 def test_operands_that_do_not_fit_are_refused(change, message):
