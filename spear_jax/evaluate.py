@@ -1,6 +1,7 @@
 """Measure a model: perplexity over a text and zero-shot tasks; one JSON object on stdout.
 
 uv run python -m spear_jax.evaluate --text FILE --max-windows 6 --quantize rtn
+uv run python -m spear_jax.evaluate --checkpoint DIR --compare --text FILE
 """
 
 import dataclasses
@@ -40,7 +41,13 @@ class EvaluateConfig:
     """
 
     model: str = "demo"
-    """`demo` (SmolLM2-135M-Instruct), a Hugging Face directory, a GGUF file, or a hub id `org/name`."""
+    """`demo` (SmolLM2-135M-Instruct), a Hugging Face directory, a GGUF file, a hub id `org/name`, or a checkpoint."""
+
+    checkpoint: Path | None = None
+    """Measure what a calibration wrote: its output directory, or the checkpoint in it. Takes the place of --model."""
+
+    compare: bool = False
+    """Measure the reference, RTN, the W4 base, static and gated compensators as well, as far as they are at hand."""
 
     text: Path | None = None
     """Text file for perplexity. Without it: the WikiText-2 test split from the dataset hub."""
@@ -93,6 +100,10 @@ class EvaluateConfig:
         for name in ("max_windows", "limit", "batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if self.compare and self.checkpoint is None:
+            raise ValueError("--compare: give the --checkpoint to compare")
+        if self.checkpoint is not None and (self.quantize != "none" or self.embedding != "keep"):
+            raise ValueError("--checkpoint holds a quantized model: leave out --quantize and --embedding")
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -108,6 +119,7 @@ class EvaluateConfig:
         del values["no_bos"], values["asymmetric"]
         return values | {
             "text": None if self.text is None else str(self.text),
+            "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
             "tasks": list(self.task_names),
             "tasks_dir": None if self.tasks_dir is None else str(self.tasks_dir),
             "bos": True if self.bos else False if self.no_bos else None,
@@ -123,12 +135,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         OSError: An input cannot be read.
     """
     import jax
-    import numpy as np
 
-    from spear_jax import models
-    from spear_jax.evaluation import load_examples, perplexity, run_task
+    from spear_jax import loading
+    from spear_jax.checkpoint import load_checkpoint
+    from spear_jax.evaluation import load_examples
+    from spear_jax.evaluation.comparison import Overhead, add_recovery, compare, variants
     from spear_jax.evaluation.tasks import find_task
-    from spear_jax.models.quantize import expand_model, weight_bytes
+    from spear_jax.models.quantize import weight_bytes
 
     begin = time.perf_counter()
     # What can be checked before the model takes its time to load is checked here.
@@ -137,61 +150,35 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     text = _read_text(config) if config.text is not None or not config.task_names else None
     examples = {name: load_examples(name, tasks_dir=config.tasks_dir, limit=config.limit) for name in config.task_names}
 
-    loaded = models.load(config.model, dtype=config.dtype)
+    checkpoint = None if config.checkpoint is None else _checkpoint(config.checkpoint)
+    if checkpoint is None:
+        loaded = loading.load(config.model, dtype=config.dtype)
+    else:
+        loaded = load_checkpoint(checkpoint, dtype=config.dtype)
     bos_id = _bos_id(config, loaded)
     length = config.window + (bos_id is not None)
     if text is not None and length > loaded.config.max_position:
         with_bos = " and BOS" if bos_id is not None else ""
         raise ValueError(f"--window {config.window}{with_bos}: the model has {loaded.config.max_position} positions")
-    on_cpu = jax.default_backend() == "cpu"
     stored = _quantize(loaded.model, config)
-    # Unpacking int4 in every step costs a CPU more than memory for the expanded weights.
-    model = expand_model(stored, stored.dtype) if on_cpu else stored
-    batch_size = config.batch_size or (1 if on_cpu else 8)
+    meter = _Meter(config, loaded, text, examples, bos_id)
     result: dict[str, Any] = {
         "model": loaded.name,
         "bits": round(_bits(stored), 4),
         "model_bytes": weight_bytes(stored),
         "bos": bos_id is not None,
     }
-
-    if text is not None:
-        tokens = np.asarray(loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
-        start = time.perf_counter()
-        with _progress("perplexity") as progress:
-            measured = perplexity(
-                model,
-                tokens,
-                window=config.window,
-                bos_id=bos_id,
-                max_windows=config.max_windows,
-                batch_size=batch_size,
-                progress=progress,
-            )
-        seconds = time.perf_counter() - start
-        result |= {
-            "perplexity": measured.value,
-            "nll": measured.nll,
-            "tokens": measured.tokens,
-            "windows": measured.windows,
-            "predictions": measured.predictions,
-            "windows_per_second": round(measured.windows / seconds, 4),
-        }
-    if examples:
-        result["tasks"] = {}
-    for name, chosen in examples.items():
-        with _progress(name) as progress:
-            scored = run_task(
-                model,
-                loaded.tokenizer,
-                name,
-                chosen,
-                max_length=loaded.config.max_position,
-                bos_id=bos_id,
-                batch_tokens=batch_size * max(config.window, 1024),
-                progress=progress,
-            )
-        result["tasks"][name] = {**scored.metrics, "examples": scored.examples}
+    if stored.compensators:
+        result |= Overhead.of(stored).as_json()
+    if config.compare:
+        assert checkpoint is not None
+        arms, notes = variants(checkpoint, loaded, dtype=config.dtype, load_source=loading.load)
+        result["arms"] = dict(compare(arms, meter.measure))
+        result["notes"] = notes
+        add_recovery(result["arms"])
+        result |= meter.measured(list(result["arms"].values())[-1])
+    else:
+        result |= meter.measure(stored)
     return result | {
         "config": config.as_json(),
         "dtype": str(stored.dtype),
@@ -199,6 +186,94 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - begin, 3),
         "versions": _versions(),
     }
+
+
+class _Meter:
+    """Measures one model after another on the same text and tasks."""
+
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        loaded: "LoadedModel",
+        text: str | None,
+        examples: dict[str, Any],
+        bos_id: int | None,
+    ) -> None:
+        import jax
+        import numpy as np
+
+        self.config, self.examples, self.bos_id = config, examples, bos_id
+        self.tokenizer, self.max_length = loaded.tokenizer, loaded.config.max_position
+        self.on_cpu = jax.default_backend() == "cpu"
+        self.batch_size = config.batch_size or (1 if self.on_cpu else 8)
+        self.tokens = None
+        if text is not None:
+            ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            self.tokens = np.asarray(ids, np.int32)
+
+    def measure(self, stored: "Decoder", label: str = "") -> dict[str, Any]:
+        """Give the figures of a model as JSON values."""
+        from spear_jax.evaluation import perplexity, run_task
+        from spear_jax.models.quantize import expand_model
+
+        # Unpacking int4 in every step costs a CPU more than memory for the expanded weights.
+        model = expand_model(stored, stored.dtype) if self.on_cpu else stored
+        prefix = f"{label}: " if label else ""
+        result: dict[str, Any] = {}
+        if self.tokens is not None:
+            start = time.perf_counter()
+            with _progress(f"{prefix}perplexity") as progress:
+                measured = perplexity(
+                    model,
+                    self.tokens,
+                    window=self.config.window,
+                    bos_id=self.bos_id,
+                    max_windows=self.config.max_windows,
+                    batch_size=self.batch_size,
+                    progress=progress,
+                )
+            seconds = time.perf_counter() - start
+            result |= {
+                "perplexity": measured.value,
+                "nll": measured.nll,
+                "tokens": measured.tokens,
+                "windows": measured.windows,
+                "predictions": measured.predictions,
+                "windows_per_second": round(measured.windows / seconds, 4),
+            }
+        if self.examples:
+            result["tasks"] = {}
+        for name, chosen in self.examples.items():
+            with _progress(prefix + name) as progress:
+                scored = run_task(
+                    model,
+                    self.tokenizer,
+                    name,
+                    chosen,
+                    max_length=self.max_length,
+                    bos_id=self.bos_id,
+                    batch_tokens=self.batch_size * max(self.config.window, 1024),
+                    progress=progress,
+                )
+            result["tasks"][name] = {**scored.metrics, "examples": scored.examples}
+        return result
+
+    @staticmethod
+    def measured(arm: dict[str, Any]) -> dict[str, Any]:
+        """Give what `measure` found of an arm, without what a comparison adds."""
+        keys = ("perplexity", "nll", "tokens", "windows", "predictions", "windows_per_second", "tasks")
+        return {key: arm[key] for key in keys if key in arm}
+
+
+def _checkpoint(path: Path) -> Path:
+    from spear_jax import loading
+
+    found = loading.find_checkpoint(path)
+    if found is None and not path.exists():
+        hint = ": make one with `python -m spear_jax.calibrate`" if str(path) == "demo" else ""
+        raise FileNotFoundError(f"--checkpoint {path}: no such checkpoint{hint}")
+    # What is no checkpoint is refused by its loader, which says why.
+    return found or path
 
 
 def _read_text(config: EvaluateConfig) -> str:
@@ -284,18 +359,49 @@ def _print_table(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    settings = result["config"]
+    settings, console = result["config"], Console(stderr=True)
+    if "arms" in result:
+        console.print(_comparison_table(result))
+        for note in result["notes"]:
+            console.print(f"Note: {note}.")
+        return
     how = result["dtype"] if settings["quantize"] == "none" else f"{settings['quantize']}, {result['bits']:.2f} bits"
+    if "compensator_bytes" in result:
+        how = f"{result['bits']:.2f} bits, compensators {result['overhead_of_model']:.2%} of the model's bytes"
     table = Table("measure", "value", "over", title=f"{result['model']} ({how})")
+    for row in _rows(result):
+        table.add_row(*row)
+    console.print(table)
+
+
+def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Give measure, value, and what it was measured over."""
     if "perplexity" in result:
-        table.add_row("perplexity", f"{result['perplexity']:.2f}", f"{result['windows']} windows")
+        yield "perplexity", f"{result['perplexity']:.2f}", f"{result['windows']} windows"
     for name, metrics in result.get("tasks", {}).items():
         for metric in ("acc", "acc_norm", "perplexity"):
             if metric in metrics:
                 error = metrics.get(f"{metric}_stderr")
                 value = f"{metrics[metric]:.2f}" if error is None else f"{metrics[metric]:.3f} ± {error:.3f}"
-                table.add_row(f"{name} {metric}", value, f"{metrics['examples']} examples")
-    Console(stderr=True).print(table)
+                yield f"{name} {metric}", value, f"{metrics['examples']} examples"
+
+
+def _comparison_table(result: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    def share(arm: dict[str, Any], key: str, digits: int) -> str:
+        return f"{arm[key]:.{digits}%}" if key in arm else "-"
+
+    arms = result["arms"].values()
+    measures = [(row[0], row[2]) for row in _rows(next(iter(arms)))]
+    titles = [f"{name} ({over})" for name, over in measures]
+    shares = ("of the RTN gap", "of the W4 gap", "of the model's bytes", "of the int4 linears")
+    table = Table("arm", *titles, *shares, title=result["model"])
+    for arm in arms:
+        recovered = (share(arm, f"recovered_of_{base}", 1) for base in ("rtn", "w4"))
+        overhead = (share(arm, f"overhead_of_{whole}", 3) for whole in ("model", "linears"))
+        table.add_row(arm["label"], *(row[1] for row in _rows(arm)), *recovered, *overhead)
+    return table
 
 
 def main() -> None:
@@ -306,7 +412,7 @@ def main() -> None:
 def _main(config: EvaluateConfig) -> None:
     result = evaluate(config)
     print(json.dumps(result))
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() or config.compare:
         _print_table(result)
 
 
