@@ -11,7 +11,7 @@ import platform
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,12 @@ import numpy as np
 from calibrate.capture import all_hidden_states, choose_attend, second_moments
 from calibrate.damage import Strategy, choose_ranks, module_damage
 from calibrate.data import cut_texts, read_texts, sample_tokens
-from calibrate.quantizers import Base, Quantizer, quantize_base, weight_errors
+from calibrate.initialize import LowRank, whitened_svd
+from calibrate.quantizers import Base, Quantizer, float_weight, quantize_base, weight_errors
 from calibrate.student import GateConfig, Params, Student, initial_compensators, zero_byte_params
 from calibrate.train import CurvePoint, TrainConfig, Trainer, TrainingDiverged, TrainState, dense_weights
 from spear_jax.cli import parse_flags, run_main
-from spear_jax.models.decoder import Decoder
+from spear_jax.models.decoder import MODULES, Decoder
 from spear_jax.models.quantize import cast_model, expand_model, weight_bytes
 from spear_jax.quant import QuantSpec
 
@@ -34,7 +35,8 @@ class Arm:
     """One variant: a base, what is trained on it without bytes, then compensators and how they are trained.
 
     `zero` and `joint` list groups of zero-byte parameters joined by "+" ("scales+norms+codes"): those of `zero` are
-    trained before there are compensators, those of `joint` along with them.
+    trained before there are compensators, those of `joint` along with them. `pool` is the text to train on: all of it,
+    or only what was sampled from the model. `bits` below eight only tries what factors of fewer bits would be worth.
     """
 
     name: str = "arm"
@@ -50,6 +52,8 @@ class Arm:
     gate: GateConfig = dataclasses.field(default_factory=lambda: GateConfig(form="static"))
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     int8: bool = True
+    bits: int = 8
+    pool: Literal["all", "sampled"] = "all"
     seed: int = 0
 
 
@@ -183,6 +187,12 @@ class AblateConfig:
     moment_sequences: int = 128
     """Sequences that second moments are measured on."""
 
+    spectrum: int = 24
+    """Highest rank that whitened errors are decomposed to, for `max_rank` and the probes of gates."""
+
+    initial: bool = False
+    """Measure the perplexity of compensators as initialised, too."""
+
     damage_sequences: int = 16
     """Sequences that module damage is measured on."""
 
@@ -229,7 +239,7 @@ class Workbench:
         self.spec = QuantSpec(group_size=config.group_size, symmetric=not config.asymmetric)
         self.texts = {path.name: self._encode(path.read_text(encoding="utf-8")) for path in config.text}
         with self.timed("calibration text"):
-            self.tokens = self._calibration_tokens()
+            self.tokens, self.is_sampled = self._calibration_tokens()
         self.attend = choose_attend(self.reference, self.tokens.shape[1])
         with self.timed("moments"):
             self.moments = second_moments(
@@ -244,6 +254,8 @@ class Workbench:
             self.reference_scores = self.scores(self.reference)
         self._bases: dict[Any, tuple[Base, dict[str, Any]]] = {}
         self._damage: dict[Any, np.ndarray] = {}
+        self._low_ranks: dict[Any, dict[str, LowRank]] = {}
+        self._pools: dict[str, tuple[np.ndarray, jax.Array]] = {"all": (self.tokens, self.target)}
 
     def timed(self, name: str) -> "Stopwatch":
         """Time a stage and say so on stderr."""
@@ -252,7 +264,7 @@ class Workbench:
     def _encode(self, text: str) -> np.ndarray:
         return np.asarray(self.loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
 
-    def _calibration_tokens(self) -> np.ndarray:
+    def _calibration_tokens(self) -> tuple[np.ndarray, np.ndarray]:
         config, key = self.config, jax.random.key(self.config.seed)
         parts = []
         taken = 0
@@ -264,7 +276,9 @@ class Workbench:
         if config.sequences > taken:
             parts.append(self._sampled(config.sequences - taken, key))
         tokens = np.concatenate(parts)
-        return tokens[np.random.default_rng(config.seed).permutation(len(tokens))]
+        sampled = np.arange(len(tokens)) >= len(tokens) - max(0, config.sequences - taken)
+        order = np.random.default_rng(config.seed).permutation(len(tokens))
+        return tokens[order], sampled[order]
 
     def _sampled(self, count: int, key: jax.Array) -> np.ndarray:
         config = self.config
@@ -308,21 +322,30 @@ class Workbench:
             self._bases[key] = base, {"perplexity": self.scores(base.model)}
         if not arm.zero:
             return self._bases[key]
-        zero_key = (key, arm.zero, arm.zero_train)
+        zero_key = (key, arm.zero, arm.zero_train, arm.pool)
         if zero_key not in self._bases:
             base, _ = self._bases[key]
             student = Student(ranks={}, gate=GateConfig(form="static"))
             params = zero_byte_params(base.model, base.exact, tuple(arm.zero.split("+")))
-            params, curve = self.train(base.model, student, params, arm.zero_train, label=f"{arm.base} {arm.zero}")
-            base = dataclasses.replace(base, model=student.finish(base.model, params))
+            params, curve = self.train(base, student, params, arm.zero_train, arm.pool, label=f"{arm.base} {arm.zero}")
+            base = dataclasses.replace(base, model=student.finish(base.model, params, exact=base.exact))
             self._bases[zero_key] = base, {"perplexity": self.scores(base.model), "curve": curve}
         return self._bases[zero_key]
 
+    def _pool(self, name: str) -> tuple[np.ndarray, jax.Array]:
+        if name not in self._pools:
+            self._pools[name] = self.tokens[self.is_sampled], self.target[jnp.asarray(np.flatnonzero(self.is_sampled))]
+        return self._pools[name]
+
     def train(
-        self, base: Decoder, student: Student, params: Params, config: TrainConfig, *, label: str
+        self, base: Base, student: Student, params: Params, config: TrainConfig, pool: str, *, label: str
     ) -> tuple[Params, list[dict[str, float]]]:
         """Train parameters, printing each evaluation."""
-        trainer = Trainer(self.reference, base, student, self.tokens, config, target=self.target)
+        tokens, target = self._pool(pool)
+        dense = None
+        if "ranges" in params:
+            dense = {name: float_weight(getattr(base.exact.layers, name)) for name in MODULES}
+        trainer = Trainer(self.reference, base.model, student, tokens, config, target=target, dense=dense)
         last = [0, time.perf_counter()]
 
         def show(point: CurvePoint, state: TrainState) -> None:
@@ -388,28 +411,36 @@ class Workbench:
         base, moments = start.model, start.moments
         dense = dense_weights(base)
         errors = weight_errors(start.exact, dense)
-        damage = None
+        damage, base_key = None, (arm.base, arm.zero, arm.zero_train, arm.pool)
         if arm.placement in ("cka", "gain"):
-            damage = self.damage((arm.base, arm.zero, arm.zero_train), dense)
+            damage = self.damage(base_key, dense)
+        if base_key not in self._low_ranks:
+            with self.timed("whitened errors"):
+                self._low_ranks[base_key] = jax.block_until_ready(
+                    {name: whitened_svd(errors[name], moments[name], rank=self.config.spectrum) for name in errors}
+                )
+        low_ranks = self._low_ranks[base_key]
         budget = int(arm.budget * w4_bytes)
         ranks, placed, diagnosis = choose_ranks(
-            errors, moments, damage, budget=budget, strategy=arm.placement, gate=arm.gate,
-            max_rank=arm.max_rank, seed=arm.seed, flatten=arm.flatten,
+            errors, moments, damage, budget=budget, strategy=arm.placement, gate=arm.gate, max_rank=arm.max_rank,
+            seed=arm.seed, flatten=arm.flatten, bits=arm.bits, low_ranks=low_ranks,
         )  # fmt: skip
-        del placed
-        student = Student(ranks=ranks, gate=arm.gate, int8=arm.int8)
+        student = Student(ranks=ranks, gate=arm.gate, int8=arm.int8, bits=arm.bits)
         key = jax.random.key(arm.seed)
-        params = initial_compensators(errors, moments, ranks, arm.gate, key=key)
-        initial = self.scores(student.finish(base, params))
-        log(f"  {arm.name}: whitened SVD {initial}")
+        params = initial_compensators(errors, moments, ranks, arm.gate, key=key, low_ranks=low_ranks)
+        del errors
+        initial = None
+        if self.config.initial:
+            initial = self.scores(student.finish(base, params))
+            log(f"  {arm.name}: whitened SVD {initial}")
         if arm.joint:
             params |= zero_byte_params(base, start.exact, tuple(arm.joint.split("+")))
         config = dataclasses.replace(arm.train, seed=arm.seed)
-        params, curve = self.train(base, student, params, config, label=arm.name)
-        model = student.finish(base, params)
+        params, curve = self.train(start, student, params, config, arm.pool, label=arm.name)
+        model = student.finish(base, params, exact=start.exact)
         if self.config.save is not None:
             save_params(self.config.save / f"{arm.name}.npz", params, ranks)
-        nbytes = sum(bank.nbytes for bank in model.compensators.values())
+        nbytes = placed.nbytes if arm.bits < 8 else sum(bank.nbytes for bank in model.compensators.values())
         linears = weight_bytes({name: getattr(base.layers, name).weight for name in ranks})
         return model, {
             "initial": initial,

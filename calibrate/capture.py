@@ -3,7 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from spear_jax.models.decoder import Decoder, Layer, Ropes
 from spear_jax.nn.attention import Attend, Index, causal_attend
 
 type Moments = dict[str, Float[Array, "L K K"]]
+type Remat = Literal["none", "dots", "all"]
+"""What a backward pass computes again: nothing, all but matrix products, or all but the boundaries of layers."""
 
 
 def fused_attend(
@@ -59,9 +61,9 @@ def _fused_works(length: int, heads: int, kv_heads: int, width: int, dtype: str)
 
 
 def hidden_states(
-    model: Decoder, tokens: Int[Array, "B T"], *, attend: Attend = causal_attend, remat: bool = False
+    model: Decoder, tokens: Int[Array, "B T"], *, attend: Attend = causal_attend, remat: Remat = "none"
 ) -> Float[Array, "B T D"]:
-    """Compute the hidden states after the final norm; `remat` keeps only layer boundaries for the backward pass."""
+    """Compute the hidden states after the final norm."""
     assert isinstance(model.layers, Layer)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     ropes, banks = model.ropes(positions), dict(model.compensators)
@@ -73,8 +75,15 @@ def hidden_states(
 
     indices = jnp.arange(model.config.num_layers, dtype=jnp.int32)
     inputs = (model.layers, indices, jnp.asarray(model.config.windows, jnp.int32))
+    match remat:
+        case "none":
+            step = body
+        case "dots":
+            step = jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        case "all":
+            step = jax.checkpoint(body)
     with jax.named_scope("layers"):
-        x, _ = jax.lax.scan(jax.checkpoint(body) if remat else body, model.embedded(tokens), inputs)
+        x, _ = jax.lax.scan(step, model.embedded(tokens), inputs)
     return model.final_norm(x)
 
 

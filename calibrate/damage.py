@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from calibrate.capture import Moments, run_layer
 from calibrate.diagnose import CkaMoments, Diagnosis, diagnose
-from calibrate.initialize import whitened_svd
+from calibrate.initialize import LowRank, whitened_svd
 from calibrate.placement import Candidate, Placement, place_by_gain, place_randomly, place_uniformly
 from calibrate.student import GateConfig, factor_bytes
 from spear_jax.models.decoder import MODULES, Decoder, Layer
@@ -81,24 +81,30 @@ def choose_ranks(
     max_rank: int = 16,
     seed: int = 0,
     flatten: float = 1.0,
+    bits: int = 8,
+    low_ranks: dict[str, LowRank] | None = None,
 ) -> tuple[dict[str, tuple[int, ...]], Placement, Diagnosis | None]:
     """Spend `budget` bytes on ranks; the gates' bytes are counted in.
 
     Rank r + 1 of a module gains `damage * energy[r] / total energy` of the whitened error, to the power `flatten`
     (below one: more even, as training moves factors away from the singular vectors that the energies belong to).
+    `low_ranks` are the modules' decompositions where they are at hand; `bits` are those of a factor's entries.
 
     Raises:
         ValueError: The budget does not pay for a single rank.
     """
     layers = next(iter(errors.values())).shape[0]
     shapes = {name: (error.shape[1], error.shape[2]) for name, error in errors.items()}
-    prices = factor_bytes(shapes)
+    prices = factor_bytes(shapes, bits=bits)
     diagnosis = None if damage is None else diagnose(damage.reshape(-1))
     by_damage = strategy in ("cka", "gain")
     spectra = {}
     for name, error in errors.items():
         if by_damage:
-            low = whitened_svd(error, moments[name], rank=min(max_rank, *shapes[name]))
+            if low_ranks is None:
+                low = whitened_svd(error, moments[name], rank=min(max_rank, *shapes[name]))
+            else:
+                low = low_ranks[name]
             share = low.energies / jnp.maximum(low.total[:, None], 1e-30)
             spectra[name] = np.maximum(np.asarray(share, np.float64)[:, :max_rank], 0)
         else:

@@ -1,6 +1,7 @@
 """The student: a frozen int4 base, and what may be trained on it, as a function from parameters to a model."""
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -8,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int8
 
-from calibrate.initialize import whitened_svd
+from calibrate.initialize import LowRank, whitened_svd
 from calibrate.solvers.grid import CODE_MAX, CODE_MIN, HIGHEST
-from pallas_kernels.int4_matmul import Gate
+from pallas_kernels.int4_matmul import Compensator, Gate, gated_coordinates
 from spear_jax.models.decoder import MODULES, Decoder
 from spear_jax.nn.linear import Linear, RMSNorm
 from spear_jax.quant import CompensatorBank, QuantTensor
 
 type Params = dict[str, Any]
-"""Trainable parameters by group: "factors", "gates", "scales", "norms", "codes"."""
+"""Trainable parameters by group: "factors", "gates", "scales", "ranges", "norms", "codes"."""
 type GateForm = Literal["static", "published", "linear", "shift"]
 
 NORMS = ("input_norm", "mlp_norm", "q_norm", "k_norm", "attn_out_norm", "mlp_out_norm")
@@ -52,9 +53,30 @@ class GateConfig:
         return 2 * self.hidden * (1 + self.probes + self.rms) + self.probes * (inputs + 4)
 
 
-def factor_bytes(shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
-    """Give the bytes of one rank of each module's compensator in one layer: int8 factors and two float32 scales."""
-    return {name: n + k + 8 for name, (n, k) in shapes.items()}
+class TrainedLinear(Linear):
+    """A dense linear whose products, and so those of its gradient, are all of the activations' type."""
+
+    def __call__(self, x: Float[Array, "*B K"], *, compensator: Compensator | None = None) -> Float[Array, "*B N"]:
+        """Apply the layer; a gate is computed in float32."""
+        y = jnp.einsum("...k,nk->...n", x, self.weight[...])
+        if self.bias is not None:
+            y = (y.astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        if compensator is None:
+            return y
+        gate, rows = compensator.gate, compensator.a
+        if gate is not None and gate.probe is not None:
+            rows = jnp.concatenate([rows, gate.probe])
+        z = jnp.einsum("...k,rk->...r", x, rows.astype(x.dtype))
+        if gate is not None:
+            rank = compensator.a.shape[0]
+            probed = None if gate.probe is None else z[..., rank:]
+            z = gated_coordinates(x, z[..., :rank], probed, gate).astype(x.dtype)
+        return y + jnp.einsum("...r,rn->...n", z, compensator.bt.astype(x.dtype))
+
+
+def factor_bytes(shapes: dict[str, tuple[int, int]], *, bits: int = 8) -> dict[str, int]:
+    """Give the bytes of one rank of each module's compensator in one layer: factors and two float32 scales."""
+    return {name: (n + k) * bits // 8 + 8 for name, (n, k) in shapes.items()}
 
 
 def initial_compensators(
@@ -64,17 +86,24 @@ def initial_compensators(
     gate: GateConfig,
     *,
     key: Array,
+    low_ranks: dict[str, LowRank] | None = None,
 ) -> Params:
     """Initialise compensators by whitened SVD of the weight errors, with gates that start at exactly one.
 
-    Coordinates z have a root mean square of one on the text that `moments` come from.
+    Coordinates z have a root mean square of one on the text that `moments` come from. `low_ranks` are the modules'
+    decompositions where they are at hand, of the highest rank and as many more as the gate has probes, or higher.
     """
     factors, gates = {}, {}
     for name, per_layer in ranks.items():
         if not max(per_layer):
             continue
         probes = 0 if gate.form == "static" else gate.probes
-        every_a, every_bt = _unit_factors(errors[name], moments[name], rank=max(per_layer) + probes)
+        rank = min(max(per_layer) + probes, *errors[name].shape[-2:])
+        if low_ranks is None:
+            low = whitened_svd(errors[name], moments[name], rank=rank)
+        else:
+            low = low_ranks[name].truncate(rank)
+        every_a, every_bt = _unit_factors(low, moments[name])
         a, bt = every_a[:, : max(per_layer)], every_bt[:, : max(per_layer)]
         rows = [(layer, r) for layer, rank in enumerate(per_layer) for r in range(rank)]
         layer, r = np.asarray(rows).T
@@ -99,10 +128,8 @@ def initial_compensators(
     return {"factors": factors} | ({"gates": gates} if gates else {})
 
 
-def _unit_factors(error: Array, moment: Array, *, rank: int) -> tuple[Float[Array, "L R K"], Float[Array, "L R N"]]:
-    """Give whitened factors whose coordinates have a root mean square of one; `rank` at most the module's full rank."""
-    rank = min(rank, *error.shape[-2:])
-    low = whitened_svd(error, moment, rank=rank)
+def _unit_factors(low: LowRank, moment: Array) -> tuple[Float[Array, "L R K"], Float[Array, "L R N"]]:
+    """Give factors scaled so that their coordinates have a root mean square of one."""
     power = jnp.einsum("lrk,lkj,lrj->lr", low.a, moment, low.a, precision=HIGHEST)
     size = jnp.sqrt(jnp.maximum(power, 1e-20))
     return low.a / size[..., None], jnp.swapaxes(low.b * size[:, None, :], -1, -2)
@@ -111,15 +138,16 @@ def _unit_factors(error: Array, moment: Array, *, rank: int) -> tuple[Float[Arra
 def zero_byte_params(base: Decoder, reference: Decoder, groups: tuple[str, ...]) -> Params:
     """Give parameters that change the base without adding bytes, at values that leave it as it is.
 
-    "scales": logarithms of multipliers on scales. "norms": multipliers of norm gains, less one. "codes": weights in
-    units of codes, rounded in the forward pass.
+    "scales": logarithms of multipliers on scales, the codes being kept. "ranges": the same, with the reference's
+    weights rounded to the nearest code again, so that codes follow from scales. "norms": multipliers of norm gains,
+    less one. "codes": weights in units of codes, rounded in the forward pass.
 
     Raises:
         ValueError: A group is unknown.
     """
     params: Params = {}
     for group in groups:
-        if group == "scales":
+        if group in ("scales", "ranges"):
             params[group] = {name: jnp.zeros(_tensor(base, name).scale.shape, jnp.float32) for name in MODULES}
         elif group == "norms":
             gains = {n: norm.weight.shape for n in NORMS if (norm := getattr(base.layers, n)) is not None}
@@ -128,7 +156,7 @@ def zero_byte_params(base: Decoder, reference: Decoder, groups: tuple[str, ...])
         elif group == "codes":
             params[group] = {name: _latent(_tensor(base, name), reference, name) for name in MODULES}
         else:
-            raise ValueError(f"unknown group of zero-byte parameters {group!r}; known: scales, norms, codes")
+            raise ValueError(f"unknown group of zero-byte parameters {group!r}; known: scales, ranges, norms, codes")
     return params
 
 
@@ -142,10 +170,21 @@ def _latent(tensor: QuantTensor, reference: Decoder, name: str) -> Float[Array, 
     """Give the reference weights in units of codes, moved into the cell of the code they have."""
     weight = getattr(reference.layers, name).weight[...].astype(jnp.float32)
     codes = tensor.codes().astype(jnp.float32)
-    exact = weight / _columns(tensor.scale.astype(jnp.float32), weight)
-    if tensor.zero is not None:
-        exact = exact + _columns(tensor.zero.astype(jnp.float32), weight)
+    exact = _in_codes(weight, tensor.scale.astype(jnp.float32), tensor.zero)
     return codes + jnp.clip(exact - codes, -0.49, 0.49)
+
+
+def _in_codes(weight: Array, scale: Array, zero: Array | None) -> Float[Array, "L N K"]:
+    codes = weight.astype(jnp.float32) / _columns(scale, weight)
+    return codes if zero is None else codes + _columns(zero.astype(jnp.float32), weight)
+
+
+def _trained_scale(tensor: QuantTensor, params: Params, name: str) -> Float[Array, "L N G"]:
+    scale = tensor.scale.astype(jnp.float32)
+    for group in ("scales", "ranges"):
+        if name in params.get(group, {}):
+            scale = scale * jnp.exp(params[group][name])
+    return scale
 
 
 def _columns(per_group: Array, weight: Array) -> Array:
@@ -158,33 +197,41 @@ def _round_through(values: Array) -> Array:
     return inside + jax.lax.stop_gradient(jnp.clip(jnp.round(inside), CODE_MIN, CODE_MAX) - inside)
 
 
-def _int8_through(rows: Float[Array, "*T F"]) -> Float[Array, "*T F"]:
-    """Round rows to int8 as `CompensatorBank.to_int8` stores them, passing gradients straight through."""
-    scale = jnp.maximum(jnp.max(jnp.abs(rows), axis=-1, keepdims=True) / 127, 1e-12)
+def _levels_through(rows: Float[Array, "*T F"], *, top: int) -> Float[Array, "*T F"]:
+    """Round rows to levels -top .. top of their largest value, passing gradients straight through.
+
+    With `top` 127 these are the values that `CompensatorBank.to_int8` stores.
+    """
+    scale = jnp.maximum(jnp.max(jnp.abs(rows), axis=-1, keepdims=True) / top, 1e-12)
     return rows + jax.lax.stop_gradient(jnp.round(rows / scale) * scale - rows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Student:
-    """How trainable parameters change a base; everything here is static but the arrays handed to `assemble`."""
+    """How trainable parameters change a base; everything here is static but the arrays handed to `assemble`.
+
+    `bits` below eight rounds factors to that many bits, to see what they would be worth: they are stored in int8 still.
+    """
 
     ranks: dict[str, tuple[int, ...]]
     gate: GateConfig
     int8: bool = True
+    bits: int = 8
 
     def assemble(self, base: Decoder, dense: dict[str, Array], params: Params) -> Decoder:
         """Build the dense model that the parameters stand for; differentiable.
 
-        `base` holds `QuantTensor` linears; `dense` their weights in the model's type, used where nothing changes them.
+        `base` holds `QuantTensor` linears; `dense` their weights in the model's type, used where nothing changes them,
+        or, with "ranges", the reference's own weights.
         """
         dtype = base.dtype
         layers = jax.tree.map(lambda leaf: leaf, base.layers)
         for name in MODULES:
             linear = getattr(base.layers, name)
             weight = dense[name]
-            if name in params.get("scales", {}) or name in params.get("codes", {}):
-                weight = self._weight(_tensor(base, name), params, name).astype(dtype)
-            setattr(layers, name, Linear(weight, None if linear.bias is None else linear.bias[...]))
+            if any(name in params.get(group, {}) for group in ("scales", "ranges", "codes")):
+                weight = self._weight(_tensor(base, name), params, name, weight).astype(dtype)
+            setattr(layers, name, TrainedLinear(weight, None if linear.bias is None else linear.bias[...]))
         model = base.replace(layers=layers)
         for name, delta in params.get("norms", {}).items():
             owner = model if name == "final_norm" else model.layers
@@ -212,12 +259,12 @@ class Student:
                 units["gates"][name]["probe"] = jnp.sqrt(jnp.mean(jnp.square(gate["probe"]), axis=-1, keepdims=True))
         return units
 
-    def _weight(self, tensor: QuantTensor, params: Params, name: str) -> Float[Array, "L N K"]:
-        scale = tensor.scale.astype(jnp.float32)
-        if name in params.get("scales", {}):
-            scale = scale * jnp.exp(params["scales"][name])
+    def _weight(self, tensor: QuantTensor, params: Params, name: str, exact: Array) -> Float[Array, "L N K"]:
+        scale = _trained_scale(tensor, params, name)
         if name in params.get("codes", {}):
             codes = _round_through(params["codes"][name])
+        elif name in params.get("ranges", {}):
+            codes = _round_through(_in_codes(exact, scale, tensor.zero))
         else:
             codes = tensor.codes().astype(jnp.float32)
         if tensor.zero is not None:
@@ -226,7 +273,8 @@ class Student:
 
     def banks(self, params: Params) -> dict[str, CompensatorBank]:
         """Build the compensators in float32, rounded to int8 values if they are to be stored so."""
-        through = _int8_through if self.int8 else lambda rows: rows
+        top = 2 ** (self.bits - 1) - 1
+        through = functools.partial(_levels_through, top=top) if self.int8 else lambda rows: rows
         banks = {}
         for name, factors in params.get("factors", {}).items():
             gate = None
@@ -240,17 +288,22 @@ class Student:
             banks[name] = CompensatorBank(self.ranks[name], through(factors["a"]), through(factors["bt"]), gate=gate)
         return banks
 
-    def finish(self, base: Decoder, params: Params) -> Decoder:
-        """Build the model to store: `QuantTensor` linears, norms in their own type, int8 factors, bfloat16 gates."""
+    def finish(self, base: Decoder, params: Params, *, exact: Decoder | None = None) -> Decoder:
+        """Build the model to store: `QuantTensor` linears, norms in their own type, int8 factors, bfloat16 gates.
+
+        `exact`, the float model of the base, is needed with "ranges".
+        """
         layers = jax.tree.map(lambda leaf: leaf, base.layers)
         for name in MODULES:
-            if name not in params.get("scales", {}) and name not in params.get("codes", {}):
+            if not any(name in params.get(group, {}) for group in ("scales", "ranges", "codes")):
                 continue
             linear, tensor = getattr(base.layers, name), _tensor(base, name)
-            scale = tensor.scale
-            if name in params.get("scales", {}):
-                scale = (scale.astype(jnp.float32) * jnp.exp(params["scales"][name])).astype(scale.dtype)
+            scale = _trained_scale(tensor, params, name).astype(tensor.scale.dtype)
             codes: Int8[Array, "L N K"] = tensor.codes()
+            if name in params.get("ranges", {}):
+                assert exact is not None
+                values = _in_codes(getattr(exact.layers, name).weight[...], scale.astype(jnp.float32), tensor.zero)
+                codes = jnp.clip(jnp.round(values), CODE_MIN, CODE_MAX).astype(jnp.int8)
             if name in params.get("codes", {}):
                 latent = params["codes"][name]
                 codes = jnp.clip(jnp.round(latent), CODE_MIN, CODE_MAX).astype(jnp.int8)

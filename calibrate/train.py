@@ -14,9 +14,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from calibrate.capture import all_hidden_states, choose_attend, hidden_states
+from calibrate.capture import Remat, all_hidden_states, choose_attend, hidden_states
 from calibrate.student import Params, Student
 from spear_jax.models.decoder import MODULES, Decoder
+from spear_jax.quant.rows import Int8Rows
 
 _LOGITS_BYTES = 2**29
 """Float32 logits of each model held at a time."""
@@ -49,6 +50,7 @@ class TrainConfig:
     held_out: float = 0.03
     evaluate_every: int = 100
     patience: int = 0
+    remat: Remat = "dots"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -66,6 +68,7 @@ class TrainConfig:
             "factors": self.factor_rate,
             "gates": self.gate_rate,
             "scales": self.scale_rate,
+            "ranges": self.scale_rate,
             "norms": self.norm_rate,
             "codes": self.code_rate,
         }
@@ -109,48 +112,70 @@ def distillation_loss(
     *,
     temperature: float = 1.0,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Give mean KL(reference || student) in nats a token, and the relative squared error of the last hidden states.
+    """Give mean KL(reference || student) in nats a token, and the relative squared error of the last hidden states."""
+    tables = tuple(model.embed if model.head is None else model.head for model in (reference, student))
+    total = _summed_kl(*(_dense_table(table, hidden.dtype) for table in tables), target, hidden, temperature)
+    wanted, got = target.astype(jnp.float32), hidden.astype(jnp.float32)
+    relative = jnp.sum(jnp.square(got - wanted), axis=-1) / (jnp.sum(jnp.square(wanted), axis=-1) + 1e-6)
+    return total / math.prod(target.shape[:2]), jnp.mean(relative)
 
-    Logits are computed from hidden states a piece of the sequence at a time, and again in the backward pass.
+
+def _dense_table(table: Any, dtype: Any) -> Float[Array, "V D"]:
+    return table.dequantize(dtype) if isinstance(table, Int8Rows) else table[...]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _summed_kl(wanted_table: Array, table: Array, target: Array, hidden: Array, temperature: float) -> Array:
+    """Sum KL over tokens, differentiable in `hidden` only.
+
+    Logits are computed a piece of the sequence at a time and never again: the gradient, known as soon as they are, is
+    what the backward pass keeps of them.
     """
-    batch, length, width = target.shape
-    vocab = student.config.vocab_size
-    pieces = min(length, max(1, math.ceil(4 * batch * length * vocab / _LOGITS_BYTES)))
+    return _summed_kl_forward(wanted_table, table, target, hidden, temperature)[0]
+
+
+def _summed_kl_forward(
+    wanted_table: Array, table: Array, target: Array, hidden: Array, temperature: float
+) -> tuple[Array, Array]:
+    batch, length, width = hidden.shape
+    pieces = min(length, max(1, math.ceil(4 * batch * length * table.shape[0] / _LOGITS_BYTES)))
     while length % pieces:
         pieces += 1
 
-    @jax.checkpoint
-    def piece(total: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
-        wanted, got = (
-            jax.nn.log_softmax(model.logits(h) / temperature)
-            for model, h in zip((reference, student), pair, strict=True)
-        )
-        return total + jnp.sum(jnp.exp(wanted) * (wanted - got)), None
+    def logits(table: Array, states: Array) -> Array:
+        return jnp.einsum("btd,vd->btv", states, table, preferred_element_type=jnp.float32) / temperature
 
-    def split(h: Array) -> Array:
-        return jnp.moveaxis(h.reshape(batch, pieces, length // pieces, width), 1, 0)
+    def piece(total: Array, pair: tuple[Array, Array]) -> tuple[Array, Array]:
+        wanted, got = logits(wanted_table, pair[0]), logits(table, pair[1])
+        wanted_log, got_log = jax.nn.log_softmax(wanted), jax.nn.log_softmax(got)
+        share = jnp.exp(wanted_log)
+        slope = ((jnp.exp(got_log) - share) / temperature).astype(table.dtype)
+        return total + jnp.sum(share * (wanted_log - got_log)), jnp.einsum("btv,vd->btd", slope, table)
+
+    def split(states: Array) -> Array:
+        return jnp.moveaxis(states.reshape(batch, pieces, length // pieces, width), 1, 0)
 
     with jax.named_scope("kl"):
-        total, _ = jax.lax.scan(piece, jnp.zeros((), jnp.float32), (split(target), split(hidden)))
-    wanted, got = target.astype(jnp.float32), hidden.astype(jnp.float32)
-    relative = jnp.sum(jnp.square(got - wanted), axis=-1) / (jnp.sum(jnp.square(wanted), axis=-1) + 1e-6)
-    return total / (batch * length), jnp.mean(relative)
+        total, slopes = jax.lax.scan(piece, jnp.zeros((), jnp.float32), (split(target), split(hidden)))
+    return total, jnp.moveaxis(slopes, 0, 1).reshape(hidden.shape)
+
+
+def _summed_kl_backward(temperature: float, slopes: Array, cotangent: Array) -> tuple[None, None, None, Array]:
+    del temperature
+    return None, None, None, (slopes.astype(jnp.float32) * cotangent).astype(slopes.dtype)
+
+
+_summed_kl.defvjp(_summed_kl_forward, _summed_kl_backward)
 
 
 def make_optimizer(config: TrainConfig, params: Params, units: Params) -> optax.GradientTransformation:
     """Build AdamW with a global-norm clip, warm-up and cosine, and a rate for each group of parameters."""
 
-    def rate(peak: float) -> optax.Schedule:
-        warmup = min(config.steps, max(1, round(config.warmup * config.steps)))
-        return optax.warmup_cosine_decay_schedule(
-            peak / warmup, peak, warmup, max(config.steps, warmup + 1), peak * config.final_rate
-        )
-
     def adam(peak: float) -> optax.GradientTransformation:
         parts = [optax.scale_by_adam(b1=0.9, b2=config.beta2, eps=1e-12)]
         if config.weight_decay:
             parts.append(optax.add_decayed_weights(config.weight_decay))
-        return optax.chain(*parts, optax.scale_by_learning_rate(rate(peak)))
+        return optax.chain(*parts, optax.scale_by_learning_rate(rate_schedule(config, peak)))
 
     labels = {group: jax.tree.map(lambda _, label=group: label, part) for group, part in params.items()}
     rates: dict[Hashable, optax.GradientTransformation] = {
@@ -192,8 +217,8 @@ def data_mesh() -> Mesh | None:
 class Trainer:
     """Trains the parameters of a student on given token sequences; holds the compiled step and the teacher's states.
 
-    `dense` are the base's weights in the model's type. `tokens` and `target`, the reference's final hidden states, stay
-    on the device. Batches are sharded over all local devices.
+    `dense` are what `Student.assemble` takes: the base's weights if none are given. `tokens` and `target`, the
+    reference's final hidden states, stay on the device. Batches are sharded over all local devices.
     """
 
     def __init__(
@@ -205,6 +230,7 @@ class Trainer:
         config: TrainConfig,
         *,
         target: Float[Array, "S T D"] | None = None,
+        dense: dict[str, Float[Array, "L N K"]] | None = None,
     ) -> None:
         count, length = tokens.shape
         held = max(1, round(config.held_out * count))
@@ -218,7 +244,7 @@ class Trainer:
             target = all_hidden_states(reference, tokens, batch_size=self.batch_size, attend=self.attend)
         self.train_count, self.held_count = count - held, held
         self.tokens, self.target = jnp.asarray(tokens), target
-        self.dense = dense_weights(base)
+        self.dense = dense_weights(base) if dense is None else dense
         self.mesh = data_mesh()
         if self.mesh is not None and self.batch_size % self.mesh.size:
             self.mesh = None
@@ -251,7 +277,7 @@ class Trainer:
             split = NamedSharding(self.mesh, PartitionSpec("batch"))
             rows, wanted = jax.lax.with_sharding_constraint((rows, wanted), split)
         model = self.student.assemble(base, dense, params)
-        hidden = hidden_states(model, rows, attend=self.attend, remat=True)
+        hidden = hidden_states(model, rows, attend=self.attend, remat=self.config.remat)
         kl, relative = distillation_loss(reference, model, wanted, hidden, temperature=self.config.temperature)
         return kl + self.config.hidden_weight * relative, (kl, relative)
 

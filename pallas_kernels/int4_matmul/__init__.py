@@ -1,6 +1,19 @@
 """Matrix product with int4 weights and an optional low-rank error compensator."""
 
 from pallas_kernels.int4_matmul.api import Compensator, Gate, int4_matmul
-from pallas_kernels.int4_matmul.reference import compensator_coordinates, dequantize, low_rank_output
+from pallas_kernels.int4_matmul.reference import (
+    compensator_coordinates,
+    dequantize,
+    gated_coordinates,
+    low_rank_output,
+)
 
-__all__ = ["Compensator", "Gate", "compensator_coordinates", "dequantize", "int4_matmul", "low_rank_output"]
+__all__ = [
+    "Compensator",
+    "Gate",
+    "compensator_coordinates",
+    "dequantize",
+    "gated_coordinates",
+    "int4_matmul",
+    "low_rank_output",
+]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from pallas_kernels.int4_matmul.operands import Compensator
+from pallas_kernels.int4_matmul.operands import Compensator, Gate
 from pallas_kernels.packing import unpack_int4
 
 _TINY_POWER = 1e-12
@@ -36,11 +36,19 @@ def compensator_coordinates(x: Float[Array, "*B K"], compensator: Compensator) -
     gate = compensator.gate
     if gate is None:
         return z
+    probed = None if gate.probe is None else _project(x, gate.probe, gate.probe_scale)
+    return gated_coordinates(x, z, probed, gate)
+
+
+def gated_coordinates(
+    x: Float[Array, "*B K"], z: Float[Array, "*B R"], probed: Float[Array, "*B P"] | None, gate: Gate
+) -> Float[Array, "*B R"]:
+    """Apply a gate to coordinates `z` in float32; `probed` are the gate's own projections of `x`, if it has any."""
     f32 = jnp.float32
+    z = z.astype(f32)
     hidden = jnp.einsum("...r,rh->...h", z, gate.w_in.astype(f32)) + gate.b_in.astype(f32)
-    if gate.probe is not None:
-        probed = _project(x, gate.probe, gate.probe_scale)
-        hidden = hidden + jnp.einsum("...p,ph->...h", probed, gate.w_probe.astype(f32))
+    if probed is not None:
+        hidden = hidden + jnp.einsum("...p,ph->...h", probed.astype(f32), gate.w_probe.astype(f32))
     if gate.w_rms is not None:
         power = jnp.mean(jnp.square(x.astype(f32)), axis=-1, keepdims=True)
         hidden = hidden + 0.5 * jnp.log(power + _TINY_POWER) * gate.w_rms.astype(f32)
