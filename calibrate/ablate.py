@@ -411,7 +411,7 @@ class Workbench:
         base, moments = start.model, start.moments
         dense = dense_weights(base)
         errors = weight_errors(start.exact, dense)
-        damage, base_key = None, (arm.base, arm.zero, arm.zero_train, arm.pool)
+        damage, base_key = None, (arm.base, *((arm.zero, arm.zero_train, arm.pool) if arm.zero else ()))
         if arm.placement in ("cka", "gain"):
             damage = self.damage(base_key, dense)
         if base_key not in self._low_ranks:

@@ -168,6 +168,14 @@ def _summed_kl_backward(temperature: float, slopes: Array, cotangent: Array) -> 
 _summed_kl.defvjp(_summed_kl_forward, _summed_kl_backward)
 
 
+def rate_schedule(config: TrainConfig, peak: float) -> optax.Schedule:
+    """Give the learning rate by step: linear warm-up to `peak`, then a cosine."""
+    warmup = min(config.steps, max(1, round(config.warmup * config.steps)))
+    return optax.warmup_cosine_decay_schedule(
+        peak / warmup, peak, warmup, max(config.steps, warmup + 1), peak * config.final_rate
+    )
+
+
 def make_optimizer(config: TrainConfig, params: Params, units: Params) -> optax.GradientTransformation:
     """Build AdamW with a global-norm clip, warm-up and cosine, and a rate for each group of parameters."""
 
