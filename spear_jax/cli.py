@@ -33,8 +33,12 @@ def run_main(main: Callable[[], int | None]) -> None:
     sys.exit(status)
 
 
-def parse_flags[T](cls: type[T], *, prog: str | None = None, args: Sequence[str] | None = None) -> T:
+def parse_flags[T](
+    cls: type[T], *, prog: str | None = None, args: Sequence[str] | None = None, default: T | None = None
+) -> T:
     """Read a config dataclass from the command line; `--help` prints the help and leaves with status 0.
+
+    `default` holds the values of flags that are not given; without it they are the dataclass's own.
 
     Raises:
         ValueError: A flag is unknown, or its value is; one line without the box that tyro draws around it.
@@ -44,7 +48,7 @@ def parse_flags[T](cls: type[T], *, prog: str | None = None, args: Sequence[str]
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(cls, prog=prog, args=args)
+            return tyro.cli(cls, prog=prog, args=args, **({} if default is None else {"default": default}))
     except SystemExit as leaving:
         if not leaving.code:
             raise
