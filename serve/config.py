@@ -21,6 +21,9 @@ class ServeConfig:
     group_size: Literal[-1, 32, 64, 128] = 32
     """Weights that share an int4 scale; -1 is a whole output channel. 32 is the most accurate."""
 
+    embedding: Literal["keep", "int8"] = "keep"
+    """Embedding and head: as loaded, or rounded to int8 with a scale a row, which halves what they take."""
+
     weights: Literal["auto", "expanded", "packed"] = "auto"
     """expanded: write the int4 weights out once at load, the same values in more memory. packed: unpack them in every
     step. auto: expanded on CPU, where unpacking costs more than reading, packed elsewhere."""

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -73,15 +74,26 @@ class Runner:
         self._decode_all = _jit(tree, _decode_all, logits)
         self._decode_one = _jit(tree, _decode_one, logits) if lone_program and slots > 1 else None
 
+    @property
+    def num_programs(self) -> int:
+        """How many programs `warm_up` compiles."""
+        return len(self.buckets) + 1 + (self._decode_one is not None)
+
     def prefill(
         self, tokens: Sequence[int], *, slot: int, start: int, bucket: int, last: bool, params: SamplingParams
     ) -> Int[Array, ""]:
         """Run `tokens` of a prompt from position `start` in a slot; with `last`, the result is the first new token."""
+        arguments = self._prefill_arguments(tokens, slot=slot, start=start, bucket=bucket, last=last, params=params)
+        token, self._state = self._prefill(self._leaves, self._state, *arguments)
+        return token
+
+    @staticmethod
+    def _prefill_arguments(
+        tokens: Sequence[int], *, slot: int, start: int, bucket: int, last: bool, params: SamplingParams
+    ) -> tuple[Any, ...]:
         padded = np.zeros((1, bucket), np.int32)
         padded[0, : len(tokens)] = tokens
-        place = np.array([slot, start, len(tokens), last], np.int32)
-        token, self._state = self._prefill(self._leaves, self._state, padded, place, SamplingState.of([params]))
-        return token
+        return padded, np.array([slot, start, len(tokens), last], np.int32), SamplingState.of([params])
 
     def decode(self, active: Bool[np.ndarray, " S"]) -> Int[Array, " S"]:
         """Give every active slot its next token; other entries mean nothing."""
@@ -91,26 +103,31 @@ class Runner:
             token, self._state = self._decode_all(self._leaves, self._state, active)
         return token
 
-    def warm_up(self) -> Iterator[tuple[str, Callable[[], None]]]:
-        """Yield the name of each program and a call that compiles and runs it once."""
+    def warm_up(self) -> Iterator[str]:
+        """Compile every program, two at a time, and run it once; yield the name of each that is done.
+
+        From a warm cache most of the time goes into reading programs back, which does not hold Python's lock.
+        """
         greedy = SamplingParams(max_tokens=1, temperature=0.0)
-
-        def prefill(bucket: int) -> None:
-            self.prefill([0] * bucket, slot=0, start=0, bucket=bucket, last=True, params=greedy).block_until_ready()
-
-        def decode(count: int) -> None:
-            self.decode(np.arange(self.slots) < count).block_until_ready()
-
+        programs: list[tuple[str, Any, tuple[Any, ...]]] = []
         for bucket in self.buckets:
-            yield f"prefill {bucket}", functools.partial(prefill, bucket)
+            chunk = self._prefill_arguments([0] * bucket, slot=0, start=0, bucket=bucket, last=True, params=greedy)
+            programs.append((f"prefill {bucket}", self._prefill, chunk))
         if self._decode_one is not None:
-            yield "decode 1", functools.partial(decode, 1)
-        yield f"decode {self.slots}", functools.partial(decode, self.slots)
+            programs.append(("decode 1", self._decode_one, (np.int32(0),)))
+        programs.append((f"decode {self.slots}", self._decode_all, (np.ones(self.slots, bool),)))
+        leaves, state = jax.eval_shape(lambda *arrays: arrays, self._leaves, self._state)
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            # A call finds what was compiled for the same function and shapes.
+            pending = [pool.submit(lambda f, a: f.lower(leaves, state, *a).compile(), f, a) for _, f, a in programs]
+            for (name, program, args), compiled in zip(programs, pending, strict=True):
+                compiled.result()
+                token, self._state = program(self._leaves, self._state, *args)
+                token.block_until_ready()
+                yield name
 
 
-def _jit(
-    tree: Any, step: Callable[..., tuple[Array, DeviceState]], logits: Logits
-) -> Callable[..., tuple[Array, DeviceState]]:
+def _jit(tree: Any, step: Callable[..., tuple[Array, DeviceState]], logits: Logits) -> Any:
     """Compile `step(model, logits, state, ...)` as a function of the model's arrays, with the state donated."""
 
     @functools.partial(jax.jit, donate_argnums=1)

@@ -19,7 +19,7 @@ from serve.metrics import Metrics
 from serve.runner import Runner
 from serve.scheduler import SlotScheduler
 from spear_jax.models.decoder import Decoder, unstack
-from spear_jax.models.quantize import expand_model, quantize_model, weight_bytes
+from spear_jax.models.quantize import expand_model, expand_tables, quantize_model, quantize_tables, weight_bytes
 from spear_jax.quant import QuantSpec
 
 log = logging.getLogger(__name__)
@@ -94,13 +94,9 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console) -> Eng
             lone_program=jax.default_backend() == "cpu",
             logits=cpu_logits if dense else Decoder.logits,
         )
-        programs = list(runner.warm_up())
-        with phases.phase("compile", steps=len(programs)):
-            for program, compile_and_run in programs:
-                begin = time.monotonic()
-                compile_and_run()
-                phases.advance(f"compile {program}")
-                log.info("compile %s: %.1f s", program, time.monotonic() - begin)
+        with phases.phase("compile", steps=runner.num_programs):
+            for program in runner.warm_up():
+                phases.advance(f"compiled {program}")
         log.info(
             "%s: %s, %.0f MiB; KV cache %.0f MiB for %d slots of %d tokens; started in %.1f s",
             name,
@@ -165,9 +161,12 @@ def _prepare(model: Decoder, config: ServeConfig) -> tuple[Decoder, str, bool]:
         groups = "a channel" if config.group_size == -1 else f"groups of {config.group_size}"
         description = f"int4 weights rounded to nearest, symmetric, {groups}"
         model = quantize_model(model, spec)
-        if expand:
-            description += f", expanded to {jnp.dtype(model.dtype).name}"
-            model = expand_model(model, model.dtype)
+    if config.embedding == "int8":
+        model = quantize_tables(model)
+    expand = expand and (config.quantize == "rtn" or config.embedding == "int8")
     dense = cpu and model.dtype == jnp.float32 and (config.quantize == "none" or expand)
+    if expand:
+        description += f", expanded to {jnp.dtype(model.dtype).name}"
+        model = expand_tables(model, model.dtype) if dense else expand_model(model, model.dtype)
     model = lay_out_for_cpu(model) if dense else unstack(model) if cpu else model
     return jax.block_until_ready(model), description, dense

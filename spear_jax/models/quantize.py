@@ -41,10 +41,16 @@ def expand_model(model: Decoder, dtype: Any) -> Decoder:
         weight = linear.weight
         return weight.dequantize(dtype) if isinstance(weight, QuantTensor) else weight[...]
 
+    return expand_tables(_map_linears(model, weight_of), dtype)
+
+
+def expand_tables(model: Decoder, dtype: Any) -> Decoder:
+    """Give the model with an int8 embedding and head written out in `dtype`."""
+
     def table(rows: Any) -> Any:
         return nnx.Param(rows.dequantize(dtype)) if isinstance(rows, Int8Rows) else rows
 
-    return _map_linears(model, weight_of).replace(embed=table(model.embed), head=table(model.head))
+    return model.replace(embed=table(model.embed), head=table(model.head))
 
 
 def cast_model(model: Decoder, dtype: Any) -> Decoder:

@@ -7,17 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.int4_matmul.cases import Case
 from serve.cpu import CpuLinear, cpu_logits, dense, lay_out_for_cpu
 from serve.request import SamplingParams
 from serve.runner import Runner
 from spear_jax.config import ModelConfig
 from spear_jax.models.decoder import Decoder, unstack
+from spear_jax.models.quantize import quantize_model
+from spear_jax.nn.linear import Linear
+from spear_jax.quant import QuantSpec, round_to_nearest
 from spear_jax.testing import assert_close, random_weights, tiny_config
 
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 CONFIGS = {
     "full": tiny_config(),
     "sliding": tiny_config(sliding_window=20, layer_is_global=(False, True, False)),
+    "quantized": tiny_config(),
     "undecided": tiny_config(tie_embeddings=False),  # logits of order one: draws differ
 }
 NAMES = ["full", "sliding"]
@@ -26,7 +31,8 @@ NAMES = ["full", "sliding"]
 @functools.cache
 def model_of(name: str) -> Decoder:
     config: ModelConfig = CONFIGS[name]
-    return Decoder.from_weights(config, random_weights(config), dtype=jnp.float32)
+    model = Decoder.from_weights(config, random_weights(config), dtype=jnp.float32)
+    return quantize_model(model, QuantSpec(group_size=32)) if name == "quantized" else model
 
 
 @functools.cache
@@ -35,8 +41,7 @@ def runner_of(name: str, layout: str) -> Runner:
     laid_out = {"stacked": lambda m: m, "separate": unstack, "cpu": lay_out_for_cpu}[layout](model)
     logits = cpu_logits if layout == "cpu" else Decoder.logits
     runner = Runner(laid_out, slots=3, context=240, buckets=(8, 16), lone_program=layout == "cpu", logits=logits)
-    for _, compile_and_run in runner.warm_up():
-        compile_and_run()
+    assert len(list(runner.warm_up())) == runner.num_programs
     return runner
 
 
@@ -61,8 +66,11 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, 96, length).tolist()
 
 
-@pytest.mark.parametrize("layout", ["stacked", "separate", "cpu"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [(name, layout) for name in NAMES for layout in ("stacked", "separate", "cpu")]
+    + [("quantized", "separate"), ("quantized", "cpu")],
+)
 def test_greedy_tokens_equal_those_without_a_cache(name: str, layout: str) -> None:
     model, prompt, count = model_of(name), prompt_of(37), 12
     tokens = generate(runner_of(name, layout), 1, prompt, count)
@@ -131,5 +139,27 @@ def test_forms_of_a_dense_product_agree(rows: int) -> None:
     rng = np.random.default_rng(rows)
     x, weight = rng.normal(size=(rows, 96)).astype(np.float32), rng.normal(size=(40, 96)).astype(np.float32)
     assert_close(jax.jit(dense)(x[None], weight)[0], x.astype(np.float64) @ weight.T, relative=1e-6)
-    bias = rng.normal(size=40).astype(np.float32)
-    assert_close(CpuLinear(jnp.asarray(weight), jnp.asarray(bias))(jnp.asarray(x)), x @ weight.T + bias, relative=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize(
+    "spec", [QuantSpec(), QuantSpec(group_size=32), QuantSpec(group_size=64, symmetric=False)], ids=str
+)
+@pytest.mark.parametrize("k", [192, 1216, 40])
+def test_a_cpu_linear_equals_the_linear_it_stands_for(rows: int, spec: QuantSpec, k: int) -> None:
+    if k % max(spec.group_size, 1):
+        pytest.skip("groups do not divide the columns")
+    rng = np.random.default_rng(rows)
+    x, weight, bias = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((rows, k), (24, k), (24,)))
+    compensator = Case(m=rows, n=24, k=k, rank=3, gated=True).operands()[1]["compensator"]
+    for linear in (Linear(round_to_nearest(weight[None], spec), bias[None]), Linear(weight[None])):
+        for chosen in (None, compensator):
+            expected = jax.tree.map(lambda leaf: leaf[0], linear)(x, compensator=chosen)
+            (for_cpu,) = CpuLinear.layers_of(linear)
+            assert_close(jax.jit(for_cpu.__call__)(x, compensator=chosen), expected, relative=2e-6)
+
+
+def test_the_codes_serve_a_lone_row_only_when_lanes_divide_the_columns() -> None:
+    for k, coded in ((192, True), (40, False)):
+        (linear,) = CpuLinear.layers_of(Linear(round_to_nearest(jnp.ones((1, 8, k)), QuantSpec())))
+        assert (linear.codes is not None) == coded
