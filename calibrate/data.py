@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int, Int32
 from spear_jax.models.decoder import Decoder
 from spear_jax.nn.attention import Index, masked_attention
 
+_DRAW_BLOCK = 256
+
 MIN_SEQUENCES = 2
 """Fewest sequences worth calibrating on: one to train on, one held out."""
 
@@ -33,6 +35,25 @@ def first_tokens(
     if config.bos_id is not None:
         first[: round(bos_share * count)] = config.bos_id
     return np.stack([first, np.full_like(first, -1)], axis=1)
+
+
+def draw_tokens(logits: Float[Array, "B V"], *, key: Array) -> Int32[Array, " B"]:
+    """Draw from softmax(logits) by inverting the cumulative distribution: one random number a row, not one a token.
+
+    The sums are taken over blocks first, so that a running sum never adds a token's share to a large total.
+    """
+    batch, vocab = logits.shape
+    shares = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    shares = jnp.pad(shares, ((0, 0), (0, -vocab % _DRAW_BLOCK))).reshape(batch, -1, _DRAW_BLOCK)
+    sums = jnp.sum(shares, axis=-1)
+    ends = jnp.cumsum(sums, axis=-1)
+    drawn = jax.random.uniform(key, (batch, 1)) * ends[:, -1:]
+    block = jnp.minimum(jnp.sum(ends <= drawn, axis=-1), sums.shape[-1] - 1)[:, None]
+    rest = drawn - jnp.take_along_axis(ends - sums, block, axis=-1)
+    inside = jnp.take_along_axis(shares, block[..., None], axis=1)[:, 0]
+    place = jnp.sum(jnp.cumsum(inside, axis=-1) <= rest, axis=-1)
+    # Rounding may put the drawn number past the last share.
+    return jnp.minimum(block[:, 0] * _DRAW_BLOCK + place, vocab - 1).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("length",))
@@ -60,7 +81,7 @@ def _sample_batch(
         positions = jnp.full((batch, 1), position, jnp.int32)
         hidden, caches = model(token[:, None], positions, attend=attend, cache=caches)
         logits = model.logits(hidden[:, 0]) / temperature
-        return (jax.random.categorical(key, logits).astype(jnp.int32), caches), token
+        return (draw_tokens(logits, key=key), caches), token
 
     inputs = (jnp.arange(length, dtype=jnp.int32), prefix.T, jax.random.split(key, length))
     _, tokens = jax.lax.scan(step, (jnp.zeros(batch, jnp.int32), caches), inputs)

@@ -1,0 +1,430 @@
+"""The stages of a calibration up to trained compensators, each found again after a kill."""
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from calibrate.capture import Moments, all_hidden_states, choose_attend, second_moments
+from calibrate.config import CalibrateConfig
+from calibrate.damage import choose_ranks, module_damage
+from calibrate.data import cut_texts, read_texts, sample_tokens
+from calibrate.progress import Stages
+from calibrate.quantizers import float_weight, move_channel_scales, quantize_base, weight_errors
+from calibrate.student import GateConfig, Params, Student, initial_compensators, zero_byte_params
+from calibrate.train import CurvePoint as TrainedPoint
+from calibrate.train import TrainConfig, Trainer, TrainState, dense_weights
+from calibrate.workdir import Key, WorkDirectory
+from spear_jax import models
+from spear_jax.checkpoint import inspect_checkpoint, named_arrays
+from spear_jax.evaluate import WIKITEXT
+from spear_jax.evaluation import load_examples
+from spear_jax.evaluation.comparison import Overhead
+from spear_jax.evaluation.tasks import find_task, load_hub_rows
+from spear_jax.loading import CHECKPOINT, find_checkpoint
+from spear_jax.models.decoder import MODULES, Decoder
+from spear_jax.models.quantize import cast_model
+from spear_jax.models.source import resolve
+from spear_jax.nn.linear import Linear
+from spear_jax.quant import QuantTensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+    """The end of a stage of training."""
+
+    params: Params
+    curve: tuple[TrainedPoint, ...]
+    key: Key
+
+
+class Workshop:
+    """One calibration; what stages share is made on demand, so that a finished stage need not make it."""
+
+    def __init__(self, config: CalibrateConfig, *, stages: Stages) -> None:
+        self.config, self.stages = config, stages
+        self.notes: list[str] = []
+        if find_checkpoint(config.model) is not None:
+            raise ValueError(f"{config.model} is a checkpoint of a quantized model: name the model it was made from")
+        source = resolve(config.model)
+        self.output = config.output or Path("calibrated") / Path(source.name).name
+        self.work = WorkDirectory(self.output / "work")
+        self.on_cpu = jax.default_backend() == "cpu"
+        dtype = ("float32" if self.on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype
+        self.dtype = jnp.dtype(dtype)
+        self.keys = stage_keys(config, source.path, dtype=self.dtype.name)
+        self._refuse_foreign_output()
+        for name in config.tasks:
+            find_task(name)
+        self.examples = {
+            name: load_examples(name, tasks_dir=config.tasks_dir, limit=config.task_limit) for name in config.tasks
+        }
+        self.user_texts: list[str] = []
+        if self.work.load("text", self.keys["text"]) is None:
+            self.user_texts = [text for name in config.text for text in read_texts(name)]
+        eval_texts = self._read_eval_texts()
+        with stages.stage("load"):
+            self.loaded = models.load(config.model, dtype="float32")
+            self.exact = self.loaded.model
+            check_weights(self.exact, source=config.model)
+            self.reference = cast_model(self.exact, self.dtype)
+        limit = self.exact.config.max_position
+        for name in ("length", "eval_window"):
+            if getattr(config, name) > limit:
+                raise ValueError(f"{name} {getattr(config, name)}: the model has {limit} positions")
+        self.eval_tokens = {name: self._encode(text) for name, text in eval_texts.items()}
+        for name, tokens in self.eval_tokens.items():
+            if len(tokens) < config.eval_window:
+                raise ValueError(f"{name}: {len(tokens)} tokens, fewer than one window of {config.eval_window}")
+        self.attend = choose_attend(self.reference, config.length)
+
+    @property
+    def final_key(self) -> Key:
+        """The key of what the checkpoint holds."""
+        return self.keys["train" if self.config.budget else "zero-byte"]
+
+    def _refuse_foreign_output(self) -> None:
+        place = self.output / CHECKPOINT
+        if self.config.overwrite or not place.exists():
+            return
+        try:
+            found = inspect_checkpoint(place)[0].details.get("key")
+        except ValueError:
+            found = None
+        if found != self.final_key.digest:
+            raise FileExistsError(
+                f"{place} was made with other settings: give another --output, or --overwrite to replace it"
+            )
+
+    def _read_eval_texts(self) -> dict[str, str]:
+        texts = {}
+        for path in self.config.eval_text:
+            try:
+                texts[path.name] = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: not UTF-8 text: {error}") from None
+            if not texts[path.name].strip():
+                raise ValueError(f"{path}: the text is empty")
+        if self.config.eval_text or self.config.tasks:
+            return texts
+        try:
+            rows = load_hub_rows(*WIKITEXT, instead="--eval-text FILE")
+            return {"WikiText-2 test": "\n\n".join(rows["text"])}
+        except ValueError as error:
+            self.note(f"{error}; perplexity is measured on held-out calibration text only")
+            return {}
+
+    def note(self, text: str) -> None:
+        """Print a remark, and keep it for the report."""
+        self.notes.append(text[0].upper() + text[1:] + ("" if text.endswith(".") else "."))
+        self.stages.say(f"note: {text}")
+
+    def _encode(self, text: str) -> np.ndarray:
+        return np.asarray(self.loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
+
+    @functools.cached_property
+    def tokens(self) -> np.ndarray:
+        """Calibration sequences."""
+        saved = self.work.load("text", self.keys["text"])
+        if saved is not None:
+            self.stages.resumed("text", saved.values["seconds"])
+            return saved.arrays["tokens"]
+        config, key = self.config, jax.random.key(self.config.seed)
+        with self.stages.stage("text") as report:
+            if config.text:
+                tokens = cut_texts(
+                    self.user_texts,
+                    lambda text: self._encode(text).tolist(),
+                    count=config.sequences,
+                    length=config.length,
+                    key=key,
+                )
+            else:
+                tokens = sample_tokens(
+                    self.reference,
+                    count=config.sequences,
+                    length=config.length,
+                    key=key,
+                    bos_share=config.bos_share,
+                    progress=report,
+                )
+        self.work.save("text", self.keys["text"], {"tokens": tokens}, seconds=self.stages.seconds["text"])
+        return tokens
+
+    @functools.cached_property
+    def moments(self) -> Moments:
+        """Second moments of the inputs of every linear; too large to keep, and quick to make."""
+        tokens = self.tokens[: self.config.moment_sequences]
+        with self.stages.stage("moments"):
+            size = min(self.config.batch_size, len(tokens))
+            return jax.block_until_ready(second_moments(self.reference, tokens, batch_size=size, attend=self.attend))
+
+    @functools.cached_property
+    def target(self) -> Array:
+        """The reference's last hidden states of all calibration sequences."""
+        tokens = self.tokens
+        with self.stages.stage("reference states"):
+            return jax.block_until_ready(
+                all_hidden_states(self.reference, tokens, batch_size=self.config.batch_size, attend=self.attend)
+            )
+
+    @functools.cached_property
+    def _behind_channel_scales(self) -> tuple[Decoder, Moments]:
+        moments = self.moments
+        with self.stages.stage("channel scales"):
+            return move_channel_scales(self.exact, moments, self.config.spec)
+
+    @property
+    def rounded_from(self) -> Decoder:
+        """The float model that the base was rounded from: with AWQ, the one behind channel scales."""
+        return self._behind_channel_scales[0] if self.config.quantizer == "awq" else self.exact
+
+    @property
+    def rounded_moments(self) -> Moments:
+        """The second moments of the inputs of what the base was rounded from."""
+        return self._behind_channel_scales[1] if self.config.quantizer == "awq" else self.moments
+
+    @functools.cached_property
+    def quantized(self) -> Decoder:
+        """The int4 base as the quantizer gives it, with embedding and head as they are stored."""
+        saved = self.work.load("quantize", self.keys["quantize"])
+        stored = as_stored(self.reference)
+        if saved is not None:
+            self.stages.resumed("quantize", saved.values["seconds"])
+            base = stored
+            if self.config.quantizer == "awq":
+                base = stored.replace(layers=jax.tree.map(lambda leaf: leaf, stored.layers))
+                for name in ("input_norm", "mlp_norm"):
+                    getattr(base.layers, name).weight = nnx.Param(jnp.asarray(saved.arrays[f"{name}"]))
+            weights = {name: QuantTensor(**_weight_arrays(saved.arrays, name)) for name in MODULES}
+            return with_weights(base, weights)
+        moments = None if self.config.quantizer == "rtn" else self.moments
+        with self.stages.stage("quantize") as report:
+            base = quantize_base(
+                self.exact,
+                quantizer=self.config.quantizer,
+                spec=self.config.spec,
+                moments=moments or {},
+                progress=report,
+            )
+            if self.config.quantizer == "awq":
+                self._behind_channel_scales = base.exact, base.moments
+            model = as_stored(cast_model(base.model, self.dtype))
+            jax.block_until_ready(model)
+        arrays: dict[str, Any] = {name: weight_of(model, name) for name in MODULES}
+        for name in ("input_norm", "mlp_norm"):
+            arrays[name] = getattr(model.layers, name).weight[...]
+        self.work.save("quantize", self.keys["quantize"], arrays, seconds=self.stages.seconds["quantize"])
+        return model
+
+    @functools.cached_property
+    def zero_byte(self) -> Trained | None:
+        """What was trained before compensators; None where nothing was."""
+        config = self.config
+        if not config.zero_byte:
+            return None
+        student = Student(ranks={}, gate=GateConfig(form="static"))
+        params = zero_byte_params(self.quantized, self.rounded_from, config.zero_byte)
+        return self._train(
+            "train zero-byte", self.keys["zero-byte"], self.quantized, student, params, config.zero_config
+        )
+
+    @functools.cached_property
+    def base(self) -> Decoder:
+        """The model that compensators are put on."""
+        if self.zero_byte is None:
+            return self.quantized
+        student = Student(ranks={}, gate=GateConfig(form="static"))
+        return student.finish(self.quantized, self.zero_byte.params, exact=self.rounded_from)
+
+    @functools.cached_property
+    def dense(self) -> dict[str, Array]:
+        """The base's int4 weights written out."""
+        return dense_weights(self.base)
+
+    @functools.cached_property
+    def damage(self) -> np.ndarray | None:
+        """`1 - CKA` of each layer and module alone; None where it is not measured."""
+        config = self.config
+        if not config.damage_sequences or not config.budget:
+            return None
+        saved = self.work.load("diagnose", self.keys["damage"])
+        if saved is not None:
+            self.stages.resumed("diagnose", saved.values["seconds"])
+            return saved.arrays["damage"]
+        tokens, dense = self.tokens[: config.damage_sequences], self.dense
+        with self.stages.stage("diagnose") as report:
+            size = min(config.batch_size, len(tokens))
+            damage = module_damage(self.reference, dense, tokens, batch_size=size, attend=self.attend, progress=report)
+        self.work.save("diagnose", self.keys["damage"], {"damage": damage}, seconds=self.stages.seconds["diagnose"])
+        return damage
+
+    def initial(self, gate: GateConfig, key: Key) -> tuple[dict[str, tuple[int, ...]], Params]:
+        """Place ranks and give the parameters that training starts from."""
+        config = self.config
+        stage = "place and initialise" if key == self.keys["initial"] else "place and initialise static"
+        saved = self.work.load(stage, key)
+        if saved is not None:
+            self.stages.resumed(stage, saved.values["seconds"])
+            return {name: tuple(ranks) for name, ranks in saved.values["ranks"].items()}, _nested(saved.arrays)
+        damage, tokens = self.damage, self.tokens
+        del tokens
+        exact, moments = self.rounded_from, self.rounded_moments
+        dense = self.dense
+        with self.stages.stage(stage):
+            errors = weight_errors(exact, dense)
+            budget = int(config.budget * Overhead.of(self.base).model)
+            ranks, _, _ = choose_ranks(
+                errors,
+                moments,
+                damage if config.placement in ("cka", "gain") else None,
+                budget=budget,
+                strategy=config.placement,
+                gate=gate,
+                max_rank=config.max_rank,
+                seed=config.seed,
+                flatten=config.flatten,
+            )
+            params = initial_compensators(errors, moments, ranks, gate, key=jax.random.key(config.seed))
+            params |= zero_byte_params(self.base, exact, config.joint)
+            params = jax.block_until_ready(params)
+        self.work.save(stage, key, params, ranks=ranks, seconds=self.stages.seconds[stage])
+        return ranks, params
+
+    def compensated(self, gate: GateConfig, initial_key: Key, key: Key, *, stage: str) -> tuple[Decoder, Trained]:
+        """Train compensators with a gate; give the model as stored."""
+        ranks, params = self.initial(gate, initial_key)
+        student = Student(ranks=ranks, gate=gate)
+        trained = self._train(stage, key, self.base, student, params, self.config.train_config)
+        exact = self.rounded_from if "ranges" in self.config.joint else None
+        return student.finish(self.base, trained.params, exact=exact), trained
+
+    def _train(
+        self, stage: str, key: Key, base: Decoder, student: Student, params: Params, config: TrainConfig
+    ) -> Trained:
+        """Train, saving the state at every evaluation; the best parameters by held-out loss are the result."""
+        saved = self.work.load(stage, key)
+        if saved is not None:
+            self.stages.resumed(stage, saved.values["seconds"])
+            return Trained(params=saved.tree(params), curve=_curve(saved.values), key=key)
+        dense = None
+        if "ranges" in params:
+            dense = {name: float_weight(getattr(self.rounded_from.layers, name)).astype(self.dtype) for name in MODULES}
+        tokens, target = self.tokens, self.target
+        trainer = Trainer(self.reference, base, student, tokens, config, target=target, dense=dense)
+        curve: list[TrainedPoint] = []
+        best, best_loss, state, before = params, math.inf, None, 0.0
+        unfinished = self.work.load(f"{stage} state", key)
+        if unfinished is not None:
+            state = _placed(unfinished.tree(trainer.start(params), prefix="state."), trainer)
+            best, best_loss = unfinished.tree(params, prefix="best."), unfinished.values["best_loss"]
+            curve, before = list(_curve(unfinished.values)), unfinished.values["seconds"]
+            self.stages.resumed(stage, before, what=f"goes on from step {int(state.step)} of {config.steps}")
+
+        def keep(point: TrainedPoint, state: TrainState) -> None:
+            nonlocal best, best_loss
+            point = dataclasses.replace(point, seconds=before + point.seconds)
+            curve.append(point)
+            held = point.held_out_kl + config.hidden_weight * point.held_out_hidden
+            if held < best_loss:
+                best_loss, best = held, jax.device_get(state.average if config.ema else state.params)
+            self.stages.say(
+                f"{stage}: step {point.step} of {config.steps}, loss {point.loss:.4f}, held-out KL "
+                f"{point.held_out_kl:.4f}, hidden error {point.held_out_hidden:.4f}"
+            )
+            self.work.save(
+                f"{stage} state",
+                key,
+                # The sum of losses begins anew after each evaluation.
+                {"state": state._replace(loss_sum=jnp.zeros_like(state.loss_sum)), "best": best},
+                best_loss=best_loss,
+                seconds=point.seconds,
+                curve=[dataclasses.asdict(p) for p in curve],
+            )
+
+        with self.stages.stage(stage) as report:
+            if state is None or int(state.step) < config.steps:
+                trainer.run(params, state=state, on_point=keep, progress=report)
+        if not math.isfinite(best_loss):
+            raise ValueError(f"{stage}: the loss on held-out text is not finite from the first step on")
+        points = [dataclasses.asdict(p) for p in curve]
+        self.work.save(stage, key, best, seconds=self.stages.seconds[stage], curve=points)
+        self.work.remove(f"{stage} state", key)
+        return Trained(params=jax.tree.map(jnp.asarray, best), curve=tuple(curve), key=key)
+
+
+def check_weights(model: Decoder, *, source: str) -> None:
+    """Refuse a model with a weight that is not a number.
+
+    Raises:
+        ValueError: Names the weight, and its layer.
+    """
+    for name, array in named_arrays(model):
+        if bool(jnp.all(jnp.isfinite(array))):
+            continue
+        where = ""
+        if name.startswith("layers."):
+            flat = jnp.isfinite(array.reshape(array.shape[0], -1)).all(axis=1)
+            where = f" in layer {int(jnp.argmin(flat))}"
+        raise ValueError(f"{source}: {name}{where} holds NaN or infinite values")
+
+
+def as_stored(model: Decoder) -> Decoder:
+    """Give the model with embedding and head rounded to what a checkpoint stores, in the type they had."""
+
+    def rounded(table: Any) -> Any:
+        return None if table is None else nnx.Param(table[...].astype(jnp.bfloat16).astype(table[...].dtype))
+
+    return model.replace(embed=rounded(model.embed), head=rounded(model.head))
+
+
+def weight_of(model: Decoder, name: str) -> QuantTensor:
+    """Give the int4 weights of a module."""
+    weight = getattr(model.layers, name).weight
+    assert isinstance(weight, QuantTensor), name
+    return weight
+
+
+def with_weights(model: Decoder, weights: dict[str, QuantTensor]) -> Decoder:
+    """Give the model with other weights in some of its modules."""
+    layers = jax.tree.map(lambda leaf: leaf, model.layers)
+    for name, weight in weights.items():
+        linear: Linear = getattr(model.layers, name)
+        setattr(layers, name, Linear(weight, None if linear.bias is None else linear.bias[...]))
+    return model.replace(layers=layers)
+
+
+def _weight_arrays(arrays: dict[str, np.ndarray], name: str) -> dict[str, Array]:
+    found = {field: arrays.get(f"{name}.{field}") for field in ("packed", "scale", "zero")}
+    return {field: jnp.asarray(array) for field, array in found.items() if array is not None}
+
+
+def _nested(arrays: dict[str, np.ndarray]) -> Params:
+    """Give parameters back their groups from names with dots."""
+    params: Params = {}
+    for name, array in arrays.items():
+        *groups, last = name.split(".")
+        place = params
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[last] = jnp.asarray(array)
+    return params
+
+
+def _placed(state: TrainState, trainer: Trainer) -> TrainState:
+    """Put a state that was read from disk where the trainer has its own."""
+    if trainer.mesh is None:
+        return state
+    everywhere = jax.sharding.NamedSharding(trainer.mesh, jax.sharding.PartitionSpec())
+    return jax.device_put(state, everywhere)
+
+
+def _curve(values: dict[str, Any]) -> tuple[TrainedPoint, ...]:
+    return tuple(TrainedPoint(**point) for point in values["curve"])
