@@ -439,7 +439,7 @@ class Workbench:
         params, curve = self.train(start, student, params, config, arm.pool, label=arm.name)
         model = student.finish(base, params, exact=start.exact)
         if self.config.save is not None:
-            save_params(self.config.save / f"{arm.name}.npz", params, ranks)
+            save_params(self.config.save / f"{arm.name}.npz", params, ranks, model)
         nbytes = placed.nbytes if arm.bits < 8 else sum(bank.nbytes for bank in model.compensators.values())
         linears = weight_bytes({name: getattr(base.layers, name).weight for name in ranks})
         return model, {
@@ -497,14 +497,17 @@ def truncate(model: Decoder, layers: int) -> Decoder:
     return model.replace(layers=kept, config=config)
 
 
-def save_params(path: Path, params: Params, ranks: dict[str, tuple[int, ...]]) -> None:
-    """Write parameters and ranks as one npz file."""
+def save_params(path: Path, params: Params, ranks: dict[str, tuple[int, ...]], model: Decoder) -> None:
+    """Write parameters, ranks and the finished model's scales as one npz file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     flat = {
         jax.tree_util.keystr(key, simple=True, separator="."): np.asarray(leaf)
         for key, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
     flat |= {f"ranks.{name}": np.asarray(values) for name, values in ranks.items()}
+    for name in ranks:
+        weight = getattr(model.layers, name).weight
+        flat |= {f"stored.{name}.scale": np.asarray(weight.scale.astype(jnp.float32))}
     np.savez(path, allow_pickle=False, **flat)
 
 
@@ -527,7 +530,7 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "versions": versions(),
-        "command": " ".join(sys.argv),
+        "command": " ".join(["python -m calibrate.ablate", *sys.argv[1:]]),
         "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
         "seconds": bench.marks,
         "arms": {},

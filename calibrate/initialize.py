@@ -1,6 +1,7 @@
 """The best static compensator of a quantization error, and what each further rank would add."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,10 +63,16 @@ def whitened_svd(
         raise ValueError(f"rank {rank} is not between 1 and {side}, the smaller side of {error.shape}")
     if dense is None:
         dense = side <= _DENSE_SIDE or rank + _EXTRA >= side
-    return _whitened_svd(error, second_moment, rank=rank, dense=dense)
+    return _compiled(jax.default_backend())(error, second_moment, rank=rank, dense=dense)
 
 
-@functools.partial(jax.jit, static_argnames=("rank", "dense"))
+@functools.cache
+def _compiled(backend: str) -> Callable[..., LowRank]:
+    # Tuning each of the many float32 products on a GPU takes a minute, to save less than a second of their time.
+    options = {"xla_gpu_autotune_level": 0} if backend == "gpu" else None
+    return jax.jit(_whitened_svd, static_argnames=("rank", "dense"), compiler_options=options)
+
+
 def _whitened_svd(error: Any, second_moment: Any, *, rank: int, dense: bool) -> LowRank:
     def solve(error: Array, second_moment: Array) -> LowRank:
         # Errors are of order 1e-2 and moments of any order: float32 squares neither without loss unless scaled.
