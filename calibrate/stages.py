@@ -16,6 +16,7 @@ from calibrate.capture import Moments, all_hidden_states, choose_attend, second_
 from calibrate.config import CalibrateConfig
 from calibrate.damage import choose_ranks, module_damage
 from calibrate.data import cut_texts, read_texts, sample_tokens
+from calibrate.keys import stage_keys
 from calibrate.progress import Stages
 from calibrate.quantizers import float_weight, move_channel_scales, quantize_base, weight_errors
 from calibrate.student import GateConfig, Params, Student, initial_compensators, zero_byte_params

@@ -206,7 +206,7 @@ def _clip_by_group(limit: float) -> optax.GradientTransformation:
         del params
         clipped, norms = {}, {}
         for group, part in updates.items():
-            norm = optax.global_norm(part)
+            norm = optax.tree.norm(part)
             running = jnp.where(state[group] > 0, state[group], norm)
             factor = jnp.minimum(1.0, 2 * limit * running / (norm + 1e-20))
             clipped[group] = jax.tree.map(lambda leaf, factor=factor: leaf * factor, part)

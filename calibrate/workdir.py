@@ -74,7 +74,7 @@ class WorkDirectory:
         if not file.exists():
             return None
         try:
-            with np.load(file, allow_pickle=False) as stored:
+            with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
                 values = json.loads(str(stored["values"]))
                 arrays = {
                     name: _restored(stored[f"array.{name}"], dtype) for name, dtype in values.pop("dtypes").items()

@@ -229,8 +229,8 @@ def _component(key: str) -> Component:
 
 
 def _follows_activations(key: str) -> bool:
-    """Say whether an array has the type of the activations, rather than one of its own."""
-    return _component(key) in ("embedding", "head", "norms", "biases")
+    """Say whether an array has the type of the activations, rather than one of its own (norms and biases: float32)."""
+    return _component(key) in ("embedding", "head")
 
 
 def _stored_dtype(key: str, dtype: Any) -> jnp.dtype:

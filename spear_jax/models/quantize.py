@@ -54,14 +54,14 @@ def expand_tables(model: Decoder, dtype: Any) -> Decoder:
 
 
 def cast_model(model: Decoder, dtype: Any) -> Decoder:
-    """Give the model with its floating weights in `dtype`; int4 weights keep their codes and scales."""
+    """Give the model with tables and dense weights in `dtype`; norms, biases and int4 weights stay as they are."""
 
-    def cast(leaf: Any) -> Any:
-        if isinstance(leaf, QuantTensor):
-            return leaf
-        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+    def cast(path: Any, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        kept = isinstance(leaf, QuantTensor) or "norm" in name or name.endswith("bias")
+        return leaf if kept or not jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(dtype)
 
-    return jax.tree.map(cast, model, is_leaf=lambda leaf: isinstance(leaf, QuantTensor))
+    return jax.tree_util.tree_map_with_path(cast, model, is_leaf=lambda leaf: isinstance(leaf, QuantTensor))
 
 
 def _map_linears(model: Decoder, weight_of: Any) -> Decoder:

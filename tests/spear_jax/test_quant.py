@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.int4_matmul import Gate
 from spear_jax.models.decoder import Decoder, unstack
-from spear_jax.models.quantize import expand_model, quantize_model, quantize_tables, weight_bytes
+from spear_jax.models.quantize import cast_model, expand_model, quantize_model, quantize_tables, weight_bytes
 from spear_jax.quant import CompensatorBank, CompensatorVariable, QuantSpec, QuantTensor, round_to_nearest
 from spear_jax.testing import assert_close, random_weights, tiny_config
 
@@ -161,3 +161,11 @@ def test_int8_factors_cost_little(model):
         assert_close(after.bt.astype(jnp.float32) * after.bt_scale[:, None], before.bt, relative=0.01)
         np.testing.assert_array_equal(after.gate.w_in, before.gate.w_in)
     assert rounded.nbytes < 0.4 * exact.nbytes
+
+
+def test_cast_leaves_norms_and_int4_weights_alone(model):
+    cast = cast_model(quantize_model(model, QuantSpec()), jnp.bfloat16)
+    assert cast.dtype == jnp.bfloat16
+    assert cast.final_norm.weight.dtype == cast.layers.input_norm.weight.dtype == jnp.float32
+    assert cast.layers.qkv.weight.scale.dtype == jnp.float32
+    assert cast_model(model, jnp.bfloat16).layers.qkv.weight.dtype == jnp.bfloat16

@@ -1,0 +1,62 @@
+import pytest
+
+from calibrate.config import QUICK, CalibrateConfig, parse
+
+
+def test_nothing_means_the_demo_and_quick():
+    config = parse([])
+    assert config.quick
+    assert config.model == "demo"
+    assert config.steps == QUICK["steps"]
+
+
+def test_flags_win_over_the_file_and_the_file_over_quick(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("quick: true\nsteps: 7\nquantizer: rtn\nbudget: 0.02\n")
+    config = parse([str(path), "--budget", "0.005", "--zero-byte", "norms"])
+    assert (config.steps, config.quantizer, config.budget) == (7, "rtn", 0.005)
+    assert config.zero_byte == ("norms",)
+    assert config.sequences == QUICK["sequences"]
+    assert parse([str(path), "--steps", "9"]).train_config.steps == 9
+
+
+def test_a_file_may_name_what_is_the_default_without_quick(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(f"steps: {CalibrateConfig().steps}\n")
+    assert parse([str(path), "--quick"]).steps == CalibrateConfig().steps != QUICK["steps"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--quantizer", "magic"], "quantizer"),
+        (["--gate", "revolving"], "gate"),
+        (["--placement", "nowhere"], "placement"),
+        (["--group-size", "48"], "group-size"),
+        (["--symmetric", "--asymmetric"], "symmetric"),
+        (["--budget", "-0.1"], "budget is a share"),
+        (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--factor-rate", "0"], "factor_rate must be positive"),
+        (["--ema", "1.5"], "ema"),
+        (["--gate-hidden", "0"], "hidden >= 1"),
+        (["--damage-sequences", "0"], "damage_sequences"),
+        (["--joint", "scales", "scales"], "twice"),
+        (["--frobnicate"], "frobnicate"),
+    ],
+)
+def test_mistakes_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        parse(arguments)
+
+
+def test_an_unknown_key_of_a_file_is_named(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("stpes: 3\n")
+    with pytest.raises(ValueError, match="stpes"):
+        parse([str(path)])
+
+
+def test_settings_are_json_values():
+    values = parse(["--eval-text", "a.txt"]).as_json()
+    assert values["eval_text"] == ["a.txt"]
+    assert values["zero_byte"] == ["scales", "norms"]
