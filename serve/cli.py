@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-import tyro
 import uvicorn
 from rich.console import Console
 
@@ -20,7 +19,7 @@ from serve.config import ServeConfig
 from serve.gateway import Gateway
 from serve.http import create_app
 from serve.request import Admission
-from spear_jax.cli import cache_dir, run_main
+from spear_jax.cli import cache_dir, parse_flags, run_main
 from spear_jax.config import load_yaml
 
 log = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ def parse(arguments: Sequence[str]) -> ServeConfig:
     defaults = ServeConfig()
     if arguments and not arguments[0].startswith("-"):
         defaults = load_yaml(ServeConfig, arguments.pop(0))
-    config = tyro.cli(
+    config = parse_flags(
         ServeConfig, args=arguments, default=defaults, prog="python -m spear_jax.serve", description=_DESCRIPTION
     )
     config.check()

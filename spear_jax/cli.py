@@ -34,11 +34,17 @@ def run_main(main: Callable[[], int | None]) -> None:
 
 
 def parse_flags[T](
-    cls: type[T], *, prog: str | None = None, args: Sequence[str] | None = None, default: T | None = None
+    cls: type[T],
+    *,
+    prog: str | None = None,
+    args: Sequence[str] | None = None,
+    default: T | None = None,
+    description: str | None = None,
 ) -> T:
     """Read a config dataclass from the command line; `--help` prints the help and leaves with status 0.
 
-    `default` holds the values of flags that are not given; without it they are the dataclass's own.
+    `default` holds the values of flags that are not given; without it they are the dataclass's own. `description`
+    heads the help; without it the dataclass's docstring does.
 
     Raises:
         ValueError: A flag is unknown, or its value is; one line without the box that tyro draws around it.
@@ -48,7 +54,9 @@ def parse_flags[T](
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(cls, prog=prog, args=args, **({} if default is None else {"default": default}))
+            if default is None:
+                return tyro.cli(cls, prog=prog, args=args, description=description)
+            return tyro.cli(cls, prog=prog, args=args, default=default, description=description)
     except SystemExit as leaving:
         if not leaving.code:
             raise

@@ -127,6 +127,8 @@ def load_yaml[T](cls: type[T], path: str | Path) -> T:
     """
     import yaml
 
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"settings file {path} does not exist")
     try:
         values = yaml.safe_load(Path(path).read_text())
     except yaml.YAMLError as error:

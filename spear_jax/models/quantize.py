@@ -58,8 +58,9 @@ def cast_model(model: Decoder, dtype: Any) -> Decoder:
 
     def cast(path: Any, leaf: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-        kept = isinstance(leaf, QuantTensor) or "norm" in name or name.endswith("bias")
-        return leaf if kept or not jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(dtype)
+        if isinstance(leaf, QuantTensor) or "norm" in name or name.endswith("bias"):
+            return leaf
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     return jax.tree_util.tree_map_with_path(cast, model, is_leaf=lambda leaf: isinstance(leaf, QuantTensor))
 
