@@ -58,6 +58,7 @@ class TrainedLinear(Linear):
 
     def __call__(self, x: Float[Array, "*B K"], *, compensator: Compensator | None = None) -> Float[Array, "*B N"]:
         """Apply the layer; a gate is computed in float32."""
+        assert not isinstance(self.weight, QuantTensor)
         y = jnp.einsum("...k,nk->...n", x, self.weight[...])
         if self.bias is not None:
             y = (y.astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
@@ -252,7 +253,7 @@ class Student:
             power = {side: jnp.mean(jnp.square(rows), axis=-1) for side, rows in factors.items()}
             layer = np.repeat(np.arange(len(self.ranks[name])), self.ranks[name])
             sums = jax.ops.segment_sum(power["bt"], layer, len(self.ranks[name]))
-            shared = (sums / np.maximum(np.asarray(self.ranks[name]), 1))[layer]
+            shared = (sums / np.maximum(np.asarray(self.ranks[name], np.float32), 1))[layer]
             units["factors"][name] = {"a": jnp.sqrt(power["a"])[:, None], "bt": jnp.sqrt(shared)[:, None]}
         for name, gate in params.get("gates", {}).items():
             if "probe" in gate:

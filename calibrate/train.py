@@ -114,7 +114,8 @@ def distillation_loss(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Give mean KL(reference || student) in nats a token, and the relative squared error of the last hidden states."""
     tables = tuple(model.embed if model.head is None else model.head for model in (reference, student))
-    total = _summed_kl(*(_dense_table(table, hidden.dtype) for table in tables), target, hidden, temperature)
+    wanted_table, table = (_dense_table(table, hidden.dtype) for table in tables)
+    total: Any = _summed_kl(wanted_table, table, target, hidden, temperature)
     wanted, got = target.astype(jnp.float32), hidden.astype(jnp.float32)
     relative = jnp.sum(jnp.square(got - wanted), axis=-1) / (jnp.sum(jnp.square(wanted), axis=-1) + 1e-6)
     return total / math.prod(target.shape[:2]), jnp.mean(relative)
@@ -264,7 +265,8 @@ class Trainer:
 
     def start(self, params: Params) -> TrainState:
         """Give the state before the first step."""
-        params = jax.tree.map(jnp.asarray, params)
+        # Steps give their input's memory away, which must not be the caller's.
+        params = jax.tree.map(jnp.array, params)
         self.units = self.student.units(params)
         self.optimizer = make_optimizer(self.config, params, self.units)
         zero = jnp.zeros((), jnp.float32)
@@ -296,7 +298,9 @@ class Trainer:
             (loss, _), gradient = jax.value_and_grad(losses, has_aux=True)(state.params, index)
             broken = jax.tree.map(lambda leaf: ~jnp.all(jnp.isfinite(leaf)), gradient)
             good = jnp.isfinite(loss) & ~jnp.any(jnp.stack(jax.tree.leaves(broken)))
-            updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
+            # optax raises a float to its int32 step count, which strict promotion refuses.
+            with jax.numpy_dtype_promotion("standard"):
+                updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
             params: Any = optax.apply_updates(state.params, updates)
             average = state.average
             if self.config.ema:
@@ -311,7 +315,9 @@ class Trainer:
                 bad=state.bad,
             )
             kept: TrainState = jax.tree.map(lambda old, new: jnp.where(good, new, old), state, new)
-            bad = jax.tree.map(lambda count, is_broken: count + (is_broken | ~good), state.bad, broken)
+            bad = jax.tree.map(
+                lambda count, is_broken: count + (is_broken | ~good).astype(count.dtype), state.bad, broken
+            )
             return kept._replace(step=new.step, bad=bad)
 
         return jax.jit(step, donate_argnums=0)
