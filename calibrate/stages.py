@@ -16,6 +16,7 @@ from calibrate.capture import Moments, all_hidden_states, choose_attend, second_
 from calibrate.config import CalibrateConfig
 from calibrate.damage import choose_ranks, module_damage
 from calibrate.data import cut_texts, read_texts, sample_tokens
+from calibrate.initialize import whitened_svd
 from calibrate.keys import stage_keys
 from calibrate.progress import Stages
 from calibrate.quantizers import float_weight, move_channel_scales, quantize_base, weight_errors
@@ -35,6 +36,9 @@ from spear_jax.models.quantize import cast_model
 from spear_jax.models.source import resolve
 from spear_jax.nn.linear import Linear
 from spear_jax.quant import QuantTensor
+
+_DENSE_SIDE = 256
+"""Smaller side of a weight up to which its error is decomposed whole on a CPU."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -281,6 +285,17 @@ class Workshop:
         dense = self.dense
         with self.stages.stage(stage):
             errors = weight_errors(exact, dense)
+            probes = 0 if gate.form == "static" else gate.probes
+            low_ranks = {
+                name: whitened_svd(
+                    error,
+                    moments[name],
+                    rank=min(config.max_rank + probes, *error.shape[1:]),
+                    # The whole spectrum of a layer takes a CPU seconds, the leading part a tenth of that.
+                    dense=False if self.on_cpu and min(error.shape[1:]) > _DENSE_SIDE else None,
+                )
+                for name, error in errors.items()
+            }
             budget = int(config.budget * Overhead.of(self.base).model)
             ranks, _, _ = choose_ranks(
                 errors,
@@ -292,8 +307,10 @@ class Workshop:
                 max_rank=config.max_rank,
                 seed=config.seed,
                 flatten=config.flatten,
+                low_ranks=low_ranks,
             )
-            params = initial_compensators(errors, moments, ranks, gate, key=jax.random.key(config.seed))
+            key_of_gates = jax.random.key(config.seed)
+            params = initial_compensators(errors, moments, ranks, gate, key=key_of_gates, low_ranks=low_ranks)
             params |= zero_byte_params(self.base, exact, config.joint)
             params = jax.block_until_ready(params)
         self.work.save(stage, key, params, ranks=ranks, seconds=self.stages.seconds[stage])
