@@ -66,11 +66,11 @@ def hidden_states(
     """Compute the hidden states after the final norm."""
     assert isinstance(model.layers, Layer)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    ropes, banks = model.ropes(positions), dict(model.compensators)
+    ropes = model.ropes(positions)
 
     def body(x: Array, inputs: tuple[Layer, Array, Array]) -> tuple[Array, None]:
         layer, index, window = inputs
-        x, _ = layer(x, ropes, layer=index, window=window, attend=attend, compensators=banks)
+        x, _ = layer(x, ropes, layer=index, window=window, attend=attend, compensators=model.compensators_of(index))
         return x, None
 
     indices = jnp.arange(model.config.num_layers, dtype=jnp.int32)

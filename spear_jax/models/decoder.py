@@ -1,6 +1,6 @@
 """The decoder-only transformer that all supported families share, differing by their `ModelConfig`."""
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import jax
@@ -9,11 +9,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.int4_matmul import Compensator
 from spear_jax.config import UNLIMITED_WINDOW, ModelConfig
 from spear_jax.nn.attention import Attend, Index, causal_attend
 from spear_jax.nn.linear import Linear, RMSNorm
 from spear_jax.nn.rope import apply_rope, rope_frequencies, rope_tables
-from spear_jax.quant.compensator import CompensatorBank
 from spear_jax.quant.rows import Int8Rows
 
 MODULES = ("qkv", "o", "gate_up", "down")
@@ -79,18 +79,17 @@ class Layer(nnx.Module):
         layer: Index,
         window: Index,
         attend: Attend = causal_attend,
-        compensators: dict[str, CompensatorBank] | None = None,
+        compensators: Mapping[str, Compensator | None] | None = None,
         tap: Tap | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Run the layer; `tap(name, x)` sees the input of each of the four linears."""
-        config, banks = self.config, compensators or {}
+        """Run the layer with its own `compensators`; `tap(name, x)` sees the input of each of the four linears."""
+        config, own = self.config, compensators or {}
 
         def apply(name: str, x: Array) -> Array:
             if tap is not None:
                 tap(name, x)
-            compensator = banks[name].at(layer) if name in banks else None
             with jax.named_scope(name):
-                return getattr(self, name)(x, compensator=compensator)
+                return getattr(self, name)(x, compensator=own.get(name))
 
         def add(residual: Array, update: Array, norm: RMSNorm | None) -> Array:
             return residual + (update if norm is None else norm(update))
@@ -181,16 +180,18 @@ class Decoder(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x, ropes = self.embedded(tokens), self.ropes(positions)
-        windows, banks = self.config.windows, dict(self.compensators)
+        windows = self.config.windows
         with jax.named_scope("layers"):
             if isinstance(self.layers, nnx.List):
                 for i, layer in enumerate(self.layers):
-                    x, cache = layer(x, ropes, cache, layer=i, window=windows[i], attend=attend, compensators=banks)
+                    own = self.compensators_of(i)
+                    x, cache = layer(x, ropes, cache, layer=i, window=windows[i], attend=attend, compensators=own)
             else:
 
                 def body(carry: tuple[Array, Any], inputs: tuple[Layer, Array, Array]):
                     (x, cache), (layer, i, window) = carry, inputs
-                    return layer(x, ropes, cache, layer=i, window=window, attend=attend, compensators=banks), None
+                    own = self.compensators_of(i)
+                    return layer(x, ropes, cache, layer=i, window=window, attend=attend, compensators=own), None
 
                 indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
                 inputs = (self.layers, indices, jnp.asarray(windows, jnp.int32))
@@ -219,6 +220,10 @@ class Decoder(nnx.Module):
         if isinstance(table, Int8Rows):
             return table.matmul(hidden)
         return jnp.einsum("...d,vd->...v", hidden, table[...], preferred_element_type=jnp.float32)
+
+    def compensators_of(self, layer: Index) -> dict[str, Compensator | None]:
+        """Give the compensators of one layer by module; None where a module has none."""
+        return {name: bank.at(layer) for name, bank in self.compensators.items()}
 
     def layer(self, index: int) -> Layer:
         """Give one layer by itself."""

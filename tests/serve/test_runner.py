@@ -15,7 +15,7 @@ from spear_jax.config import ModelConfig
 from spear_jax.models.decoder import Decoder, unstack
 from spear_jax.models.quantize import quantize_model
 from spear_jax.nn.linear import Linear
-from spear_jax.quant import QuantSpec, round_to_nearest
+from spear_jax.quant import CompensatorBank, QuantSpec, round_to_nearest
 from spear_jax.testing import assert_close, random_weights, tiny_config
 
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
@@ -23,6 +23,7 @@ CONFIGS = {
     "full": tiny_config(),
     "sliding": tiny_config(sliding_window=20, layer_is_global=(False, True, False)),
     "quantized": tiny_config(),
+    "compensated": tiny_config(),
     "undecided": tiny_config(tie_embeddings=False),  # logits of order one: draws differ
 }
 NAMES = ["full", "sliding"]
@@ -32,7 +33,13 @@ NAMES = ["full", "sliding"]
 def model_of(name: str) -> Decoder:
     config: ModelConfig = CONFIGS[name]
     model = Decoder.from_weights(config, random_weights(config), dtype=jnp.float32)
-    return quantize_model(model, QuantSpec(group_size=32)) if name == "quantized" else model
+    if name in ("quantized", "compensated"):
+        model = quantize_model(model, QuantSpec(group_size=32))
+    if name == "compensated":
+        n, k = config.module_shapes()["down"]
+        drawn = Case(m=1, n=n, k=k, rank=5).operands(seed=1)[1]["compensator"]
+        model.compensators["down"] = CompensatorBank((2, 0, 3), drawn.a, drawn.bt)
+    return model
 
 
 @functools.cache
@@ -69,7 +76,7 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 @pytest.mark.parametrize(
     ("name", "layout"),
     [(name, layout) for name in NAMES for layout in ("stacked", "separate", "cpu")]
-    + [("quantized", "separate"), ("quantized", "cpu")],
+    + [("quantized", "separate"), ("quantized", "cpu"), ("compensated", "cpu")],
 )
 def test_greedy_tokens_equal_those_without_a_cache(name: str, layout: str) -> None:
     model, prompt, count = model_of(name), prompt_of(37), 12
