@@ -357,6 +357,8 @@ class Workshop:
                 f"{stage}: step {point.step} of {config.steps}, loss {point.loss:.4f}, held-out KL "
                 f"{point.held_out_kl:.4f}, hidden error {point.held_out_hidden:.4f}"
             )
+            if point.step == 0:
+                return
             self.work.save(
                 f"{stage} state",
                 key,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from calibrate.capture import Remat, all_hidden_states, choose_attend, hidden_states
@@ -220,7 +220,9 @@ def _clip_by_group(limit: float) -> optax.GradientTransformation:
 def data_mesh() -> Mesh | None:
     """Give a mesh of all local devices over the axis "batch", or None where there is one."""
     devices = jax.local_devices()
-    return jax.make_mesh((len(devices),), ("batch",), devices=devices) if len(devices) > 1 else None
+    if len(devices) == 1:
+        return None
+    return jax.make_mesh((len(devices),), ("batch",), devices=devices, axis_types=(AxisType.Auto,))
 
 
 class Trainer:
