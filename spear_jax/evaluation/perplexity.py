@@ -29,7 +29,7 @@ class Perplexity:
 
 
 def split_windows(
-    tokens: Int[np.ndarray, "S"], *, window: int, bos_id: int | None = None, max_windows: int | None = None
+    tokens: Int[np.ndarray, " S"], *, window: int, bos_id: int | None = None, max_windows: int | None = None
 ) -> tuple[Int32[np.ndarray, "W T"], Bool[np.ndarray, "W T"]]:
     """Cut tokens into windows of `window` tokens, and say which tokens of each are predicted.
 
@@ -63,7 +63,7 @@ def split_windows(
 
 def perplexity(
     model: LanguageModel,
-    tokens: Int[np.ndarray, "S"],
+    tokens: Int[np.ndarray, " S"],
     *,
     window: int = 1024,
     bos_id: int | None = None,

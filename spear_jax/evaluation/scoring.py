@@ -30,8 +30,8 @@ class LanguageModel(Protocol):
 
 
 def token_logprobs(
-    model: LanguageModel, hidden: Float[Array, "R D"], targets: Int32[Array, "R"], *, chunk: int | None = None
-) -> tuple[Float32[Array, "R"], Bool[Array, "R"]]:
+    model: LanguageModel, hidden: Float[Array, "R D"], targets: Int32[Array, " R"], *, chunk: int | None = None
+) -> tuple[Float32[Array, " R"], Bool[Array, " R"]]:
     """Give ln p(target) of each row of hidden states, and whether the target is the most likely token.
 
     The head and the float32 softmax run over `chunk` rows at a time; None takes what keeps the logits within 128 MiB.
@@ -65,7 +65,7 @@ def sequence_logprobs(
     *,
     span: int | None = None,
     chunk: int | None = None,
-) -> tuple[Float32[Array, "B"], Bool[Array, "B"]]:
+) -> tuple[Float32[Array, " B"], Bool[Array, " B"]]:
     """Sum ln p(token | tokens before it) over the tokens where `mask` is set, and say whether all of them are greedy.
 
     Padding goes to the right, where causal attention keeps it from the tokens that count. The first token has nothing
