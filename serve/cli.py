@@ -1,6 +1,7 @@
 """`python -m spear_jax.serve`: settings, logs, the socket, signals, and the way down."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -75,10 +76,14 @@ def serve(config: ServeConfig) -> int:
     failure: list[BaseException] = []
 
     def start() -> None:
-        from serve.startup import start_engine
-
+        # Imports and tracing make objects by the hundred thousand that stay: looking for garbage there only takes time.
+        gc.disable()
         try:
+            from serve.startup import start_engine
+
             start_engine(config, gateway, console)
+            gc.freeze()
+            gc.enable()
             log.info("ready: %s", address)
         except BaseException as error:
             failure.append(error)

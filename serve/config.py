@@ -44,7 +44,7 @@ class ServeConfig:
     max_context: int | None = None
     """Tokens of prompt and answer together; by default those of the model, 2048 at most. Sets the KV cache."""
 
-    prefill_buckets: tuple[int, ...] = (16, 64, 256)
+    prefill_buckets: tuple[int, ...] = (64, 256)
     """Sizes prompts are cut and padded to. Each is one program to compile."""
 
     stall_tokens: int = 64
