@@ -5,9 +5,7 @@ python -m calibrate.ablate --model demo --text wikitext2_test.txt --preset gates
 
 import dataclasses
 import datetime
-import importlib.metadata
 import json
-import platform
 import sys
 import time
 from pathlib import Path
@@ -28,6 +26,7 @@ from spear_jax.cli import parse_flags, run_main
 from spear_jax.models.decoder import MODULES, Decoder
 from spear_jax.models.quantize import cast_model, expand_model, weight_bytes
 from spear_jax.quant import QuantSpec
+from spear_jax.versions import package_versions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -529,7 +528,7 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
-        "versions": versions(),
+        "versions": package_versions("jax", "flax", "optax", "numpy"),
         "command": " ".join(["python -m calibrate.ablate", *sys.argv[1:]]),
         "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
         "seconds": bench.marks,
@@ -547,14 +546,6 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
             config.output.parent.mkdir(parents=True, exist_ok=True)
             config.output.write_text(json.dumps(results, indent=1) + "\n")
     return results
-
-
-def versions() -> dict[str, str]:
-    """Give the versions of what results depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("jax", "flax", "optax", "numpy"):
-        found[name] = importlib.metadata.version(name)
-    return found
 
 
 def main() -> None:

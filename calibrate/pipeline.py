@@ -2,9 +2,7 @@
 
 import dataclasses
 import datetime
-import importlib.metadata
 import math
-import platform
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +39,7 @@ from spear_jax.evaluation import perplexity, run_task
 from spear_jax.loading import CHECKPOINT
 from spear_jax.models.decoder import MODULES, Decoder
 from spear_jax.models.quantize import cast_model, expand_model, quantize_model
+from spear_jax.versions import package_versions
 
 STATIC = "static-checkpoint"
 """Folder of the static twin of a gated checkpoint."""
@@ -279,7 +278,7 @@ def _result(
         timings=tuple(StageTime(stage=name, seconds=seconds) for name, seconds in run.stages.seconds.items()),
         config=config.as_json(),
         command=shlex.join(command),
-        versions=_versions(),
+        versions=package_versions("spear-jax", "jax", "flax", "optax", "numpy", "transformers"),
         device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         notes=tuple(run.notes),
@@ -340,8 +339,3 @@ def _points(trained: Trained, stage: str, config: TrainConfig, group: str) -> li
         )
         for point in trained.curve
     ]
-
-
-def _versions() -> dict[str, str]:
-    names = ("spear-jax", "jax", "flax", "optax", "numpy", "transformers")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}

@@ -5,10 +5,8 @@ uv run python -m spear_jax.evaluate --checkpoint DIR --compare --text FILE
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import math
-import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from spear_jax.cli import parse_flags, run_main
+from spear_jax.versions import package_versions
 
 if TYPE_CHECKING:
     from spear_jax.evaluation.scoring import ReportProgress
@@ -184,7 +183,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "dtype": str(stored.dtype),
         "device": jax.devices()[0].device_kind,
         "seconds": round(time.perf_counter() - begin, 3),
-        "versions": _versions(),
+        "versions": package_versions("spear-jax", "jax", "flax", "numpy", "transformers"),
     }
 
 
@@ -322,11 +321,6 @@ def _bits(model: "Decoder") -> float:
     linears = [getattr(model.layers, name) for name in MODULES]
     stored = sum(weight_bytes(linear.weight) for linear in linears)
     return 8 * stored / sum(math.prod(linear.weight.shape) for linear in linears)
-
-
-def _versions() -> dict[str, str]:
-    names = ("spear-jax", "jax", "flax", "numpy", "transformers")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
 
 
 @contextmanager
