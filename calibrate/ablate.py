@@ -17,7 +17,7 @@ import numpy as np
 
 from calibrate.capture import all_hidden_states, choose_attend, second_moments
 from calibrate.damage import Strategy, choose_ranks, module_damage
-from calibrate.data import cut_texts, read_texts, sample_tokens
+from calibrate.data import calibration_tokens, read_texts
 from calibrate.initialize import LowRank, whitened_svd
 from calibrate.quantizers import Base, Quantizer, float_weight, quantize_base, weight_errors
 from calibrate.student import GateConfig, Params, Student, initial_compensators, zero_byte_params
@@ -177,8 +177,11 @@ class AblateConfig:
     source: str = ""
     """Calibration text: a text or jsonl file or a dataset's id; empty: sampled from the model itself."""
 
-    mix: float = 0.0
-    """Share of sequences taken from `source`, the rest sampled; 0 with a source: all."""
+    text_share: float = 1.0
+    """Share of sequences cut from `source`; the rest is sampled."""
+
+    prompt_length: int = 64
+    """Sampled sequences go on from up to this many tokens of `source`; 0: from BOS or any token."""
 
     bos_share: float = 0.5
     """Share of sampled sequences that begin with BOS."""
@@ -264,32 +267,33 @@ class Workbench:
         return np.asarray(self.loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
 
     def _calibration_tokens(self) -> tuple[np.ndarray, np.ndarray]:
-        config, key = self.config, jax.random.key(self.config.seed)
-        parts = []
-        taken = 0
-        if config.source:
-            taken = round(config.mix * config.sequences) or config.sequences
-            texts = read_texts(config.source)
-            encode = lambda text: self._encode(text).tolist()  # noqa: E731
-            parts.append(cut_texts(texts, encode, count=taken, length=config.length, key=key))
-        if config.sequences > taken:
-            parts.append(self._sampled(config.sequences - taken, key))
-        tokens = np.concatenate(parts)
-        sampled = np.arange(len(tokens)) >= len(tokens) - max(0, config.sequences - taken)
-        order = np.random.default_rng(config.seed).permutation(len(tokens))
-        return tokens[order], sampled[order]
-
-    def _sampled(self, count: int, key: jax.Array) -> np.ndarray:
         config = self.config
-        name = f"{self.loaded.name}-{config.layers}-{count}x{config.length}-{config.bos_share}-{config.seed}.npy"
-        path = None if config.cache is None else config.cache / name
+        name = "-".join(
+            str(part)
+            for part in (
+                self.loaded.name, config.layers, config.sequences, config.length, Path(config.source).name,
+                config.text_share, config.prompt_length, config.bos_share, config.seed,
+            )
+        )  # fmt: skip
+        path = None if config.cache is None else config.cache / f"{name}.npz"
         if path is not None and path.exists():
-            return np.load(path)
-        tokens = sample_tokens(self.reference, count=count, length=config.length, key=key, bos_share=config.bos_share)
+            saved = np.load(path)
+            return saved["tokens"], saved["sampled"]
+        tokens, sampled = calibration_tokens(
+            self.reference,
+            read_texts(config.source) if config.source else [],
+            lambda text: self._encode(text).tolist(),
+            count=config.sequences,
+            length=config.length,
+            text_share=config.text_share,
+            longest_prompt=config.prompt_length,
+            bos_share=config.bos_share,
+            key=jax.random.key(config.seed),
+        )
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, tokens)
-        return tokens
+            np.savez_compressed(path, tokens=tokens, sampled=sampled)
+        return tokens, sampled
 
     def scores(self, model: Decoder) -> dict[str, float]:
         """Measure the perplexity of a model on every text."""

@@ -88,6 +88,12 @@ class CalibrateConfig:
     text: tuple[str, ...] = ()
     """Calibration text: text or jsonl files, or ids of datasets. Without any: sampled from the model itself."""
 
+    text_share: float = 1.0
+    """Share of the sequences that are cut from `text`; the model itself writes the rest."""
+
+    prompt_length: int = 64
+    """What the model writes goes on from up to this many tokens of `text`; 0, or no text: from BOS or any token."""
+
     sequences: int = 2048
     """Calibration sequences."""
 
@@ -180,7 +186,8 @@ class CalibrateConfig:
         """
         if self.symmetric and self.asymmetric:
             raise ValueError("symmetric and asymmetric exclude each other")
-        lowest = {"sequences": 2, "length": 8, "moment_sequences": 1, "eval_window": 2, "damage_sequences": 0}
+        lowest = {"sequences": 2, "length": 8, "moment_sequences": 1, "eval_window": 2}
+        lowest |= dict.fromkeys(("damage_sequences", "prompt_length"), 0)
         positive = ("max_rank", "zero_steps", "steps", "batch_size", "save_every", "eval_windows", "task_limit")
         for name, low in (lowest | dict.fromkeys(positive, 1)).items():
             if (value := getattr(self, name)) is not None and value < low:
@@ -190,8 +197,9 @@ class CalibrateConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.budget < 1:
             raise ValueError(f"budget is a share of the model's bytes from 0 to 1, got {self.budget}")
-        if not 0 <= self.bos_share <= 1:
-            raise ValueError(f"bos_share must be from 0 to 1, got {self.bos_share}")
+        for name in ("bos_share", "text_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
         if self.placement in ("cka", "gain") and self.budget and not self.damage_sequences:
             raise ValueError(f"placement {self.placement} needs damage_sequences of at least 1, got 0")
         for name in ("zero_byte", "joint"):

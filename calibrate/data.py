@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from spear_jax.models.decoder import Decoder
 from spear_jax.nn.attention import Index, masked_attention
 
 _DRAW_BLOCK = 256
+_SPAN = 128
+"""Sampling reads keys and values up to the next multiple of this."""
 
 MIN_SEQUENCES = 2
 """Fewest sequences worth calibrating on: one to train on, one held out."""
@@ -35,6 +37,24 @@ def first_tokens(
     if config.bos_id is not None:
         first[: round(bos_share * count)] = config.bos_id
     return np.stack([first, np.full_like(first, -1)], axis=1)
+
+
+def prompt_tokens(
+    texts: Int[np.ndarray, " N"], *, count: int, longest: int, key: Array
+) -> Int32[np.ndarray, "S {longest}+1"]:
+    """Cut prompts out of a long text: from anywhere in it, 1 to `longest` tokens, then free ones (-1).
+
+    Raises:
+        ValueError: The text is shorter than the longest prompt.
+    """
+    if not 1 <= longest <= len(texts):
+        raise ValueError(f"cannot cut prompts of up to {longest} tokens out of a text of {len(texts)}")
+    place_key, size_key = jax.random.split(key)
+    places = np.asarray(jax.random.randint(place_key, (count, 1), 0, len(texts) - longest + 1))
+    sizes = np.asarray(jax.random.randint(size_key, (count, 1), 1, longest + 1))
+    prompts = texts[places + np.arange(longest)].astype(np.int32)
+    prompts = np.where(np.arange(longest) < sizes, prompts, -1)
+    return np.pad(prompts, ((0, 0), (0, 1)), constant_values=-1)
 
 
 def draw_tokens(logits: Float[Array, "B V"], *, key: Array) -> Int32[Array, " B"]:
@@ -61,22 +81,21 @@ def _sample_batch(
     model: Decoder, prefix: Int[Array, "B P"], temperature: Float[Array, ""], key: Array, *, length: int
 ) -> Int32[Array, "B T"]:
     config, batch = model.config, prefix.shape[0]
-    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-    caches = (jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype))
-    slots = jnp.arange(length)
+    shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
     prefix = jnp.pad(prefix, ((0, 0), (0, length - prefix.shape[1])), constant_values=-1)
 
-    def step(carry: tuple[Array, tuple[Array, Array]], inputs: tuple[Array, Array, Array]) -> tuple[Any, Array]:
+    def step(carry: Any, inputs: tuple[Array, Array, Array], *, span: int) -> tuple[Any, Array]:
         (sampled, caches), (position, forced, key) = carry, inputs
         token = jnp.where(forced >= 0, forced, sampled)
 
         def attend(q: Array, k: Array, v: Array, cache: Any, *, layer: Index, window: Index, scale: float):
             keys, values = (
-                jax.lax.dynamic_update_slice(whole, new[None], (layer, 0, position, 0, 0))
+                jax.lax.dynamic_update_slice(whole, jnp.swapaxes(new, 1, 2)[None], (layer, 0, 0, position, 0))
                 for whole, new in zip(cache, (k, v), strict=True)
             )
-            seen = (slots <= position) & (slots > position - window)
-            return masked_attention(q, keys[layer], values[layer], seen[None, None], scale=scale), (keys, values)
+            seen = (jnp.arange(span) <= position) & (jnp.arange(span) > position - window)
+            past = (jnp.swapaxes(part[layer, :, :, :span], 1, 2) for part in (keys, values))
+            return masked_attention(q, *past, seen[None, None], scale=scale), (keys, values)
 
         positions = jnp.full((batch, 1), position, jnp.int32)
         hidden, caches = model(token[:, None], positions, attend=attend, cache=caches)
@@ -84,8 +103,15 @@ def _sample_batch(
         return (draw_tokens(logits, key=key), caches), token
 
     inputs = (jnp.arange(length, dtype=jnp.int32), prefix.T, jax.random.split(key, length))
-    _, tokens = jax.lax.scan(step, (jnp.zeros(batch, jnp.int32), caches), inputs)
-    return tokens.T
+    carry = (jnp.zeros(batch, jnp.int32), (jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype)))
+    tokens = []
+    for start in range(0, length, _SPAN):
+        part = slice(start, min(start + _SPAN, length))
+        carry, drawn = jax.lax.scan(
+            functools.partial(step, span=part.stop), carry, jax.tree.map(lambda leaf, part=part: leaf[part], inputs)
+        )
+        tokens.append(drawn)
+    return jnp.concatenate(tokens).T
 
 
 def sample_tokens(
@@ -97,12 +123,15 @@ def sample_tokens(
     batch_size: int | None = None,
     temperature: float = 1.0,
     bos_share: float = 0.5,
+    prompts: Int[np.ndarray, " N"] | None = None,
+    longest_prompt: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> Int32[np.ndarray, "S T"]:
     """Sample `count` sequences of `length` tokens from the model itself (ancestral sampling with a KV cache).
 
-    `batch_size` sequences run at a time; None takes what keeps the cache within 16 GiB on an accelerator, 1 on a CPU.
-    Sequences go on through end-of-text tokens: a new text follows.
+    With `prompts`, tokens of a long text, each sequence goes on from a piece of it, of 1 to `longest_prompt` tokens;
+    otherwise it begins with BOS or any token. `batch_size` sequences run at a time; None takes what keeps the cache
+    within 16 GiB on an accelerator, 1 on a CPU. Sequences go on through end-of-text tokens: a new text follows.
 
     Raises:
         ValueError: A size makes no sense.
@@ -120,8 +149,12 @@ def sample_tokens(
     batches = math.ceil(count / min(batch_size, count))
     batch_size = math.ceil(count / batches)
     start_key, order_key, key = jax.random.split(key, 3)
-    special = (*config.eos_ids, *(() if config.bos_id is None else (config.bos_id,)))
-    prefix = first_tokens(model, count=batches * batch_size, bos_share=bos_share, key=start_key, exclude=special)
+    if prompts is None:
+        special = (*config.eos_ids, *(() if config.bos_id is None else (config.bos_id,)))
+        prefix = first_tokens(model, count=batches * batch_size, bos_share=bos_share, key=start_key, exclude=special)
+    else:
+        longest = min(longest_prompt, length - 1)
+        prefix = prompt_tokens(prompts, count=batches * batch_size, longest=longest, key=start_key)
     prefix = prefix.reshape(batch_size, batches, -1).swapaxes(0, 1)
     rows = []
     for i, batch_key in enumerate(jax.random.split(key, batches)):
@@ -192,15 +225,12 @@ def _dataset_texts(source: str) -> list[str]:
         raise ValueError(f"dataset {source}: cannot be read: {error}") from None
 
 
-def cut_texts(
-    texts: list[str], encode: Callable[[str], list[int]], *, count: int, length: int, key: Array
-) -> Int32[np.ndarray, "S T"]:
-    """Cut texts, joined one after the other, into `count` sequences of `length` tokens drawn without replacement.
+def cut_tokens(tokens: Int[np.ndarray, " N"], *, count: int, length: int, key: Array) -> Int32[np.ndarray, "S T"]:
+    """Cut a text's tokens into `count` sequences of `length` drawn without replacement, or as many as there are.
 
     Raises:
-        ValueError: The texts are too short for two sequences.
+        ValueError: The text is too short for two sequences.
     """
-    tokens = np.asarray([token for text in texts for token in encode(text)], np.int32)
     have = len(tokens) // length
     if have < MIN_SEQUENCES:
         raise ValueError(
@@ -209,3 +239,50 @@ def cut_texts(
         )
     chosen = np.asarray(jax.random.permutation(key, have))[:count]
     return tokens[: have * length].reshape(have, length)[chosen]
+
+
+def calibration_tokens(
+    model: Decoder,
+    texts: list[str],
+    encode: Callable[[str], list[int]],
+    *,
+    count: int,
+    length: int,
+    text_share: float,
+    longest_prompt: int,
+    bos_share: float,
+    key: Array,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Int32[np.ndarray, "S T"], Bool[np.ndarray, " S"]]:
+    """Give calibration sequences in random order, and which of them the model itself has written.
+
+    `text_share` of them are cut from `texts`, as far as those go; the model writes the rest, each going on from a piece
+    of the texts of up to `longest_prompt` tokens or, where that is 0 or there is no text, from BOS or any token.
+
+    Raises:
+        ValueError: The texts are too short.
+    """
+    cut_key, sample_key, order_key = jax.random.split(key, 3)
+    tokens = np.asarray([token for text in texts for token in encode(text)], np.int32)
+    parts = []
+    wanted = round(text_share * count) if texts else 0
+    if wanted:
+        parts.append(cut_tokens(tokens, count=wanted, length=length, key=cut_key))
+    taken = sum(map(len, parts))
+    if count > taken and (text_share < 1 or not texts):
+        prompts = tokens if texts and longest_prompt else None
+        parts.append(
+            sample_tokens(
+                model,
+                count=count - taken,
+                length=length,
+                key=sample_key,
+                bos_share=bos_share,
+                prompts=prompts,
+                longest_prompt=longest_prompt,
+                progress=progress,
+            )
+        )
+    together = np.concatenate(parts)
+    order = np.asarray(jax.random.permutation(order_key, len(together)))
+    return together[order], order >= taken

@@ -21,7 +21,13 @@ def stage_keys(c: CalibrateConfig, path: Path, *, dtype: str) -> dict[str, Key]:
     texts = [[name, *file_stamp(Path(name))] for name in c.text]
     keys = {"load": Key.first(files=stamps, dtype=dtype)}
     keys["text"] = keys["load"].then(
-        texts=texts, sequences=c.sequences, length=c.length, bos_share=c.bos_share, seed=c.seed
+        texts=texts,
+        sequences=c.sequences,
+        length=c.length,
+        text_share=c.text_share,
+        prompt_length=c.prompt_length,
+        bos_share=c.bos_share,
+        seed=c.seed,
     )
     keys["rtn"] = keys["load"].then(group_size=c.group_size, asymmetric=c.asymmetric)
     keys["quantize"] = keys["text"].then(

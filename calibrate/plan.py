@@ -69,12 +69,17 @@ def make_plan(config: CalibrateConfig, model: ModelConfig, *, eval_tokens: int, 
     def add(name: str, operations: float, what: str, *, compile_seconds: float = _COMPILE_SECONDS) -> None:
         stages.append((name, operations / (0.6 * speed) + compile_seconds, what))
 
-    source = ", ".join(config.text) if config.text else "sampled from the model itself"
+    sampled = 1 - config.text_share if config.text else 1.0
+    source = " and ".join(
+        part
+        for part in (", ".join(config.text) if config.text_share else "", "the model itself" if sampled else "")
+        if part
+    )
     add("load", 0, config.model, compile_seconds=5)
     add(
         "text",
-        0 if config.text else 2 * tokens * (forward + head),
-        f"{config.sequences} x {config.length} tokens, {source}",
+        2 * sampled * tokens * (forward + head),
+        f"{config.sequences} x {config.length} tokens, from {source}",
     )
     grid = "per channel" if config.group_size == -1 else f"groups of {config.group_size}"
     add(

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from calibrate.capture import Moments, all_hidden_states, choose_attend, second_moments
 from calibrate.config import CalibrateConfig
 from calibrate.damage import choose_ranks, module_damage
-from calibrate.data import cut_texts, read_texts, sample_tokens
+from calibrate.data import calibration_tokens, read_texts
 from calibrate.initialize import whitened_svd
 from calibrate.keys import stage_keys
 from calibrate.progress import Stages
@@ -143,23 +143,18 @@ class Workshop:
             return saved.arrays["tokens"]
         config, key = self.config, jax.random.key(self.config.seed)
         with self.stages.stage("text") as report:
-            if config.text:
-                tokens = cut_texts(
-                    self.user_texts,
-                    lambda text: self._encode(text).tolist(),
-                    count=config.sequences,
-                    length=config.length,
-                    key=key,
-                )
-            else:
-                tokens = sample_tokens(
-                    self.reference,
-                    count=config.sequences,
-                    length=config.length,
-                    key=key,
-                    bos_share=config.bos_share,
-                    progress=report,
-                )
+            tokens, _ = calibration_tokens(
+                self.reference,
+                self.user_texts,
+                lambda text: self._encode(text).tolist(),
+                count=config.sequences,
+                length=config.length,
+                text_share=config.text_share,
+                longest_prompt=config.prompt_length,
+                bos_share=config.bos_share,
+                key=key,
+                progress=report,
+            )
         self.work.save("text", self.keys["text"], {"tokens": tokens}, seconds=self.stages.seconds["text"])
         return tokens
 

@@ -3,7 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calibrate.data import cut_texts, draw_tokens, first_tokens, read_texts, sample_tokens
+from calibrate.data import (
+    calibration_tokens,
+    cut_tokens,
+    draw_tokens,
+    first_tokens,
+    prompt_tokens,
+    read_texts,
+    sample_tokens,
+)
 from spear_jax.models.decoder import Decoder
 from spear_jax.testing import random_weights, tiny_config
 
@@ -84,9 +92,49 @@ def test_a_missing_text_is_no_dataset():
 
 
 def test_cuts_are_drawn_without_replacement():
-    text = list(range(100))
-    rows = cut_texts(["all"], lambda _: text, count=50, length=7, key=jax.random.key(0))
+    text = np.arange(100)
+    rows = cut_tokens(text, count=50, length=7, key=jax.random.key(0))
     assert rows.shape == (14, 7)
     assert sorted(rows[:, 0].tolist()) == list(range(0, 98, 7))
     with pytest.raises(ValueError, match="has 100 tokens, expected at least 128"):
-        cut_texts(["all"], lambda _: text, count=2, length=64, key=jax.random.key(0))
+        cut_tokens(text, count=2, length=64, key=jax.random.key(0))
+
+
+def test_prompts_are_pieces_of_the_text_of_all_lengths():
+    rows = prompt_tokens(np.arange(1000, 1300), count=200, longest=8, key=jax.random.key(0))
+    assert rows.shape == (200, 9)
+    sizes = (rows >= 0).sum(axis=1)
+    assert set(sizes) == set(range(1, 9))
+    for row, size in zip(rows, sizes, strict=True):
+        np.testing.assert_array_equal(row, np.append(row[0] + np.arange(size), [-1] * (9 - size)))
+    assert rows[:, 0].min() < 1020 < 1270 < rows[:, 0].max() <= 1292
+    with pytest.raises(ValueError, match="up to 8 tokens out of a text of 7"):
+        prompt_tokens(np.arange(7), count=1, longest=8, key=jax.random.key(0))
+
+
+def test_samples_go_on_from_prompts(model, monkeypatch):
+    monkeypatch.setattr("calibrate.data._SPAN", 8)
+    text = np.random.default_rng(0).integers(4, 60, 500).astype(np.int32)
+    key = jax.random.key(3)
+    tokens = sample_tokens(model, count=6, length=24, key=key, temperature=1e-4, prompts=text, longest_prompt=5)
+    windows = {tuple(text[i : i + 2]) for i in range(499)}
+    assert sum(tuple(row[:2]) in windows for row in tokens.tolist()) >= 4  # prompts of one token are followed freely
+    hidden, _ = model(jnp.asarray(tokens))
+    greedy = np.asarray(jnp.argmax(model.logits(hidden), axis=-1))
+    np.testing.assert_array_equal(tokens[:, 5:], greedy[:, 4:-1])
+
+
+def test_text_and_samples_are_mixed(model):
+    settings = {"count": 8, "length": 12, "longest_prompt": 3, "bos_share": 0.5, "key": jax.random.key(1)}
+    text = np.random.default_rng(0).integers(4, 60, 200).tolist()
+    tokens, sampled = calibration_tokens(model, ["all"], lambda _: text, text_share=0.25, **settings)
+    assert tokens.shape == (8, 12)
+    assert sampled.sum() == 6
+    cuts = {tuple(text[i : i + 12]) for i in range(0, 192, 12)}
+    assert [tuple(row) in cuts for row in tokens.tolist()] == (~sampled).tolist()
+    whole, sampled = calibration_tokens(model, ["all"], lambda _: text, text_share=1.0, **settings)
+    assert not sampled.any()
+    assert len(whole) == 8
+    alone, sampled = calibration_tokens(model, [], lambda _: [], text_share=1.0, **settings)
+    assert sampled.all()
+    assert (alone[:, 0] == 2).sum() == 4
