@@ -47,9 +47,10 @@ class Family:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slot:
-    """Where one foreign tensor goes: a weight, the layer in its stack, and the rows in the layer."""
+    """Where one foreign tensor goes: a weight of shape `stack`, the layer in it, and the rows in the layer."""
 
     key: str
+    stack: tuple[int, ...]
     shape: tuple[int, ...]
     layer: int | None
     start: int | None
@@ -73,6 +74,7 @@ def slots(config: ModelConfig, names: tuple[Name, ...], *, source: Literal["hf",
                 foreign = getattr(name, source).replace("*", str(layer))
                 found[foreign] = Slot(
                     key=key,
+                    stack=shape,
                     shape=body if count is None else (count, *body[1:]),
                     layer=layer,
                     start=start,
@@ -87,8 +89,7 @@ class Assembly:
     Matrices are kept in `dtypes[key]`; norms and biases in float32, because Gemma's `1 + w` does not fit bfloat16.
     """
 
-    def __init__(self, config: ModelConfig, expected: Mapping[str, Slot], *, dtypes: Mapping[str, np.dtype]) -> None:
-        self._shapes = weight_shapes(config)
+    def __init__(self, expected: Mapping[str, Slot], *, dtypes: Mapping[str, np.dtype]) -> None:
         self._dtypes = dtypes
         self._missing = dict(expected)
         self._weights: dict[str, np.ndarray] = {}
@@ -104,7 +105,7 @@ class Assembly:
             raise ValueError(f"tensor {name} has shape {list(shape)}, the configuration says {list(slot.shape)}")
         if slot.key not in self._weights:
             dtype = np.dtype(np.float32) if len(slot.shape) == 1 else self._dtypes[slot.key]
-            self._weights[slot.key] = _empty(self._shapes[slot.key], dtype)
+            self._weights[slot.key] = _empty(slot.stack, dtype)
         view = self._weights[slot.key]
         if slot.layer is not None:
             view = view[slot.layer]

@@ -174,7 +174,7 @@ def read_weights(file: GGUFFile, config: ModelConfig, family: Family, *, dtype: 
     if unexpected:
         raise ValueError(f"{file.path}: unexpected tensors: {listed(unexpected)}")
     dtypes = dict.fromkeys((slot.key for slot in expected.values()), np.dtype(dtype))
-    assembly = Assembly(config, expected, dtypes=dtypes)
+    assembly = Assembly(expected, dtypes=dtypes)
     try:
         for tensor in sorted((file.tensors[name] for name in expected if name in file.tensors), key=lambda t: t.offset):
             place = assembly.place(tensor.name, tensor.shape).reshape(-1, tensor.shape[-1])

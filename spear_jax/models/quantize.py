@@ -18,10 +18,13 @@ def quantize_model(model: Decoder, spec: QuantSpec) -> Decoder:
     """Round the four linears of every layer to int4 (nearest code, min-max scales); embedding and head stay.
 
     Raises:
-        ValueError: The group size does not divide a module's input size; names the module.
+        ValueError: The group size does not divide a module's input size, or it is int4 already; names the module.
     """
     for name in MODULES:
-        spec.groups(getattr(model.layers, name).weight.shape[-1], name=name)
+        weight = getattr(model.layers, name).weight
+        if isinstance(weight, QuantTensor):
+            raise ValueError(f"{name} is int4 already: a quantized model cannot be rounded again")
+        spec.groups(weight.shape[-1], name=name)
     return _map_linears(model, lambda linear: round_to_nearest(linear.weight[...], spec))
 
 

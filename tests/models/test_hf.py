@@ -198,7 +198,6 @@ def test_windows_are_those_that_transformers_would_use() -> None:
     [
         ({"architectures": ["MixtralForCausalLM"]}, "architecture MixtralForCausalLM is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported"),
-        ({"quantization_config": {"quant_method": "awq"}}, "checkpoints quantized with awq are not supported"),
         ({"attention_bias": True}, "attention_bias = True is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers must be an integer, got 'two'"),
