@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float, Int
 
 from spear_jax.config import ModelConfig
-from spear_jax.nn.attention import Attend, Index
+from spear_jax.nn.attention import Index
 
 BLOCK = 128
 """Keys attended to at once; the length of a cache is a multiple of it."""
@@ -20,10 +21,10 @@ _MASKED = float(jnp.finfo(jnp.float32).min)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVCache:
-    """Keys and values of S slots: `k` and `v` are tuples over layers of [S, K, T, H], or one array [L, S, K, T, H].
+    """Keys and values of S slots, `k` and `v`: [L, S, K, T, H] for layers that are scanned, [S, K, T, H] for one layer.
 
-    A tuple goes with unrolled layers, one array with a scan. T lies inside of K so that a head's keys are one piece of
-    memory and the products with them need no transposed copy.
+    T lies inside of K so that a head's keys are one piece of memory and the products with them need no transposed copy.
+    (A leading axis of one layer would make XLA's CPU back end copy the cache in every step.)
     """
 
     k: Any
@@ -32,16 +33,13 @@ class KVCache:
     @property
     def length(self) -> int:
         """T: positions a slot has room for."""
-        return jax.tree.leaves(self.k)[0].shape[-2]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole cache."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+        return self.k.shape[-2]
 
 
-def allocate(config: ModelConfig, *, slots: int, context: int, padding: int, dtype: Any, stacked: bool) -> KVCache:
-    """Make an empty cache for `context` tokens a slot.
+def allocate(
+    config: ModelConfig, *, slots: int, context: int, padding: int, dtype: Any, stacked: bool
+) -> KVCache | tuple[KVCache, ...]:
+    """Make an empty cache for `context` tokens a slot: one for all layers, or one for each where not `stacked`.
 
     A padded prompt chunk may write `padding` positions past the context, and idle slots write to the very last
     position; neither is ever read, and neither may be moved back onto live keys as `dynamic_update_slice` would at
@@ -49,16 +47,29 @@ def allocate(config: ModelConfig, *, slots: int, context: int, padding: int, dty
     """
     length = -(-(context + padding + 1) // BLOCK) * BLOCK
     shape = (slots, config.num_kv_heads, length, config.head_dim)
-    if stacked:
-        k, v = (jnp.zeros((config.num_layers, *shape), dtype) for _ in range(2))
-    else:
-        k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)) for _ in range(2))
-    return KVCache(k=k, v=v)
+
+    def zeros(*leading: int) -> KVCache:
+        return KVCache(k=jnp.zeros((*leading, *shape), dtype), v=jnp.zeros((*leading, *shape), dtype))
+
+    return zeros(config.num_layers) if stacked else tuple(zeros() for _ in range(config.num_layers))
 
 
-def slot_attend(slot: Int[Array, ""], positions: Int[Array, "1 T"]) -> Attend:
+def last_position(cache: KVCache | tuple[KVCache, ...]) -> int:
+    """Give the position that no request reaches."""
+    return (cache[0] if isinstance(cache, tuple) else cache).length - 1
+
+
+def slot_attend(slot: Int[Array, ""], positions: Int[Array, "1 T"]) -> Partial:
     """Attend from rising contiguous `positions` of one slot to that slot's keys, up to each position itself."""
+    return Partial(_slot_attend, slot, positions)
 
+
+def batch_attend(positions: Int[Array, " S"], live: Bool[Array, " S"]) -> Partial:
+    """Attend from one position a slot, all slots at once; the cost follows the longest slot that is `live`."""
+    return Partial(_batch_attend, positions, live)
+
+
+def _slot_attend(slot: Array, positions: Array, *qkv_cache: Any, **where: Any) -> tuple[Array, KVCache]:
     def write(array: Float[Array, "S K T H"], new: Float[Array, "1 T K H"]) -> Array:
         return jax.lax.dynamic_update_slice(
             array, jnp.swapaxes(new, 1, 2).astype(array.dtype), (slot, 0, positions[0, 0], 0)
@@ -67,12 +78,10 @@ def slot_attend(slot: Int[Array, ""], positions: Int[Array, "1 T"]) -> Attend:
     def read(array: Float[Array, "S K T H"], start: Array) -> Float[Array, "1 K BLOCK H"]:
         return jax.lax.dynamic_slice(array, (slot, 0, start, 0), (1, array.shape[1], BLOCK, array.shape[3]))
 
-    return _attend(write, read, positions, live=None)
+    return _attend(write, read, positions, None, *qkv_cache, **where)
 
 
-def batch_attend(positions: Int[Array, " S"], live: Array) -> Attend:
-    """Attend from one position a slot, all slots at once; the cost follows the longest slot that is `live` [S] bool."""
-
+def _batch_attend(positions: Array, live: Array, *qkv_cache: Any, **where: Any) -> tuple[Array, KVCache]:
     def write(array: Float[Array, "S K T H"], new: Float[Array, "S 1 K H"]) -> Array:
         def one(slot: Array, row: Array, position: Array) -> Array:
             return jax.lax.dynamic_update_slice(slot, row, (0, position, 0))
@@ -82,45 +91,37 @@ def batch_attend(positions: Int[Array, " S"], live: Array) -> Attend:
     def read(array: Float[Array, "S K T H"], start: Array) -> Float[Array, "S K BLOCK H"]:
         return jax.lax.dynamic_slice_in_dim(array, start, BLOCK, axis=2)
 
-    return _attend(write, read, positions[:, None], live=live)
+    return _attend(write, read, positions[:, None], live, *qkv_cache, **where)
 
 
 def _attend(
     write: Callable[[Array, Array], Array],
     read: Callable[[Array, Array], Array],
     positions: Int[Array, "B T"],
-    *,
     live: Array | None,
-) -> Attend:
-    """Build an `Attend` that writes a layer's new keys with `write` and goes over its blocks with `read`."""
-
-    def attend(
-        q: Float[Array, "B T N H"],
-        k: Float[Array, "B T K H"],
-        v: Float[Array, "B T K H"],
-        cache: KVCache,
-        *,
-        layer: Index,
-        window: Index,
-        scale: float,
-    ) -> tuple[Float[Array, "B T N H"], KVCache]:
-        with jax.named_scope("cache_write"):
-            keys, values = write(_layer(cache.k, layer), k), write(_layer(cache.v, layer), v)
-        with jax.named_scope("cached_attention"):
-            out = _online_attention(q, keys, values, positions, read, window=window, scale=scale, live=live)
-        return out, KVCache(k=_with_layer(cache.k, layer, keys), v=_with_layer(cache.v, layer, values))
-
-    return attend
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    cache: KVCache,
+    *,
+    layer: Index,
+    window: Index,
+    scale: float,
+) -> tuple[Float[Array, "B T N H"], KVCache]:
+    """Write a layer's new keys and values with `write`, and go over its blocks with `read`."""
+    with jax.named_scope("cache_write"):
+        keys, values = write(_layer(cache.k, layer), k), write(_layer(cache.v, layer), v)
+    with jax.named_scope("cached_attention"):
+        out = _online_attention(q, keys, values, positions, read, window=window, scale=scale, live=live)
+    return out, KVCache(k=_with_layer(cache.k, layer, keys), v=_with_layer(cache.v, layer, values))
 
 
-def _layer(arrays: Any, layer: Index) -> Array:
-    return arrays[layer] if isinstance(arrays, tuple) else jax.lax.dynamic_index_in_dim(arrays, layer, keepdims=False)
+def _layer(array: Array, layer: Index) -> Array:
+    return array if array.ndim == 4 else jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
 
 
-def _with_layer(arrays: Any, layer: Index, new: Array) -> Any:
-    if isinstance(arrays, tuple):
-        return (*arrays[:layer], new, *arrays[layer + 1 :])
-    return jax.lax.dynamic_update_index_in_dim(arrays, new, layer, axis=0)
+def _with_layer(array: Array, layer: Index, new: Array) -> Array:
+    return new if array.ndim == 4 else jax.lax.dynamic_update_index_in_dim(array, new, layer, axis=0)
 
 
 def _online_attention(

@@ -121,18 +121,37 @@ class CpuLinear(nnx.Module):
 
 
 def lay_out_for_cpu(model: Decoder) -> Decoder:
-    """Give a float32 model of stacked layers with separate ones, each linear a `CpuLinear`."""
+    """Give a float32 model of stacked layers with separate ones: each linear a `CpuLinear`, compensators in float32."""
     assert not isinstance(model.layers, nnx.List)
     rest = jax.tree.map(lambda leaf: leaf, model.layers)
     linears = {name: CpuLinear.layers_of(getattr(rest, name)) for name in MODULES}
     for name in MODULES:
         delattr(rest, name)
-    layers = unstack(model.replace(layers=rest)).layers
-    assert isinstance(layers, nnx.List)
-    for i, layer in enumerate(layers):
+    separate = unstack(model.replace(layers=rest))
+    assert isinstance(separate.layers, nnx.List)
+    for i, layer in enumerate(separate.layers):
         for name in MODULES:
             setattr(layer, name, linears[name][i])
-    return model.replace(layers=layers)
+    for compensators in separate.compensators.values():
+        compensators.layers = nnx.List([_in_float32(compensator) for compensator in compensators.layers])
+    return separate
+
+
+@jax.jit
+def _in_float32(compensator: Compensator) -> Compensator:
+    """Multiply int8 factors by their scales: the same values, without converting them in every step."""
+
+    def rows(codes: Array, scale: Array | None) -> Array:
+        return codes.astype(jnp.float32) * (1 if scale is None else scale.astype(jnp.float32)[:, None])
+
+    gate = compensator.gate
+    if gate is not None and gate.probe is not None:
+        gate = dataclasses.replace(gate, probe=rows(gate.probe, gate.probe_scale), probe_scale=None)
+    if gate is not None:
+        gate = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gate)
+    return Compensator(
+        a=rows(compensator.a, compensator.a_scale), bt=rows(compensator.bt, compensator.bt_scale), gate=gate
+    )
 
 
 @jax.named_scope("head")

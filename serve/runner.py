@@ -9,15 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
-from pallas_kernels.int4_matmul import Compensator
-from serve.cache import KVCache, allocate, batch_attend, slot_attend
+from serve.cache import KVCache, allocate, batch_attend, last_position, slot_attend
 from serve.request import SamplingParams
 from serve.sampling import SamplingState, sample
-from spear_jax.models.decoder import Decoder, Layer
-from spear_jax.nn.attention import Attend
+from spear_jax.models.decoder import Decoder
+from spear_jax.models.quantize import weight_bytes
 
 type Logits = Callable[[Decoder, Array], Array]
 
@@ -30,7 +28,7 @@ class DeviceState:
     `token` [S] is the last token of each slot, not yet in the cache; `length` [S] counts those that are.
     """
 
-    cache: KVCache
+    cache: KVCache | tuple[KVCache, ...]
     token: Any
     length: Any
     sampling: SamplingState
@@ -62,7 +60,7 @@ class Runner:
         cache = allocate(
             model.config, slots=slots, context=context, padding=self.buckets[-1], dtype=dtype, stacked=stacked
         )
-        self.cache_bytes = cache.nbytes
+        self.cache_bytes = weight_bytes(cache)
         self._state = DeviceState(
             cache=cache,
             token=jnp.zeros(slots, jnp.int32),
@@ -139,50 +137,6 @@ def _jit(tree: Any, step: Callable[..., tuple[Array, DeviceState]], logits: Logi
     return run
 
 
-def _forward(
-    model: Decoder,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    cache: KVCache,
-    make_attend: Callable[..., Attend],
-    place: tuple[Array, ...],
-) -> tuple[Float[Array, "B T D"], KVCache]:
-    """Run the model with `make_attend(*place)`.
-
-    Separate layers go through one jitted function, traced once and not thirty times: 15 of 23 s of a warm start were
-    tracing. `Decoder.__call__` is the specification; a test compares.
-    """
-    if not isinstance(model.layers, nnx.List):
-        return model(tokens, positions, attend=make_attend(*place), cache=cache)
-    x, ropes = model.embedded(tokens), model.ropes(positions)
-    keys, values = [], []
-    parts = zip(model.layers, cache.k, cache.v, model.config.windows, strict=True)
-    for i, (layer, k, v, window) in enumerate(parts):
-        own = model.compensators_of(i)
-        x, k, v = _layer(layer, own, x, ropes, k, v, place, window=window, make_attend=make_attend)
-        keys.append(k)
-        values.append(v)
-    return model.final_norm(x), KVCache(k=tuple(keys), v=tuple(values))
-
-
-@functools.partial(jax.jit, static_argnames=("window", "make_attend"))
-def _layer(
-    layer: Layer,
-    compensators: dict[str, Compensator | None],
-    x: Array,
-    ropes: Any,
-    k: Array,
-    v: Array,
-    place: tuple[Array, ...],
-    *,
-    window: int,
-    make_attend: Any,
-) -> tuple[Array, Array, Array]:
-    own = KVCache(k=(k,), v=(v,))
-    x, own = layer(x, ropes, own, layer=0, window=window, attend=make_attend(*place), compensators=compensators)
-    return x, own.k[0], own.v[0]
-
-
 def _prefill(
     model: Decoder,
     logits: Logits,
@@ -193,7 +147,7 @@ def _prefill(
 ) -> tuple[Int[Array, ""], DeviceState]:
     slot, start, length, last = place
     positions = (start + jnp.arange(tokens.shape[1], dtype=jnp.int32))[None]
-    hidden, cache = _forward(model, tokens, positions, state.cache, slot_attend, (slot, positions))
+    hidden, cache = model(tokens, positions, attend=slot_attend(slot, positions), cache=state.cache)
     end = start + length
 
     def first_token() -> Int[Array, "1"]:
@@ -212,9 +166,9 @@ def _prefill(
 def _decode_all(
     model: Decoder, logits: Logits, state: DeviceState, active: Bool[Array, " S"]
 ) -> tuple[Int[Array, " S"], DeviceState]:
-    positions = jnp.where(active, state.length, state.cache.length - 1)
-    hidden, cache = _forward(
-        model, state.token[:, None], positions[:, None], state.cache, batch_attend, (positions, active)
+    positions = jnp.where(active, state.length, last_position(state.cache))
+    hidden, cache = model(
+        state.token[:, None], positions[:, None], attend=batch_attend(positions, active), cache=state.cache
     )
     drawn = sample(logits(model, hidden[:, 0]), _active_only(state.sampling, active), positions + 1)
     token = jnp.where(active, drawn, state.token)
@@ -231,7 +185,7 @@ def _decode_one(
 ) -> tuple[Int[Array, " S"], DeviceState]:
     position = state.length[slot][None]
     where = position[:, None]
-    hidden, cache = _forward(model, state.token[slot][None, None], where, state.cache, slot_attend, (slot, where))
+    hidden, cache = model(state.token[slot][None, None], where, attend=slot_attend(slot, where), cache=state.cache)
     params = jax.tree.map(lambda leaf: leaf[slot][None], state.sampling)
     token = state.token.at[slot].set(sample(logits(model, hidden[:, 0]), params, position + 1)[0])
     return token, dataclasses.replace(state, cache=cache, token=token, length=state.length.at[slot].add(1))

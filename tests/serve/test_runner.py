@@ -1,6 +1,8 @@
 """Chunked prefill and decode through the cache give what the model gives without one, and never compile twice."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from serve.cpu import CpuLinear, cpu_logits, dense, lay_out_for_cpu
 from serve.request import SamplingParams
 from serve.runner import Runner
 from spear_jax.config import ModelConfig
-from spear_jax.models.decoder import Decoder, unstack
+from spear_jax.models.decoder import Decoder, Layer, unstack
 from spear_jax.models.quantize import quantize_model
 from spear_jax.nn.linear import Linear
 from spear_jax.quant import CompensatorBank, QuantSpec, round_to_nearest
@@ -37,8 +39,9 @@ def model_of(name: str) -> Decoder:
         model = quantize_model(model, QuantSpec(group_size=32))
     if name == "compensated":
         n, k = config.module_shapes()["down"]
-        drawn = Case(m=1, n=n, k=k, rank=5).operands(seed=1)[1]["compensator"]
-        model.compensators["down"] = CompensatorBank((2, 0, 3), drawn.a, drawn.bt)
+        drawn = Case(m=1, n=n, k=k, rank=5, gated=True).operands(seed=1)[1]["compensator"]
+        gate = dataclasses.replace(drawn.gate, b_in=jnp.stack([drawn.gate.b_in] * 3))
+        model.compensators["down"] = CompensatorBank((2, 0, 3), drawn.a, drawn.bt, gate=gate).to_int8()
     return model
 
 
@@ -76,7 +79,7 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 @pytest.mark.parametrize(
     ("name", "layout"),
     [(name, layout) for name in NAMES for layout in ("stacked", "separate", "cpu")]
-    + [("quantized", "separate"), ("quantized", "cpu"), ("compensated", "cpu")],
+    + [("quantized", "separate"), ("quantized", "cpu"), ("compensated", "separate"), ("compensated", "cpu")],
 )
 def test_greedy_tokens_equal_those_without_a_cache(name: str, layout: str) -> None:
     model, prompt, count = model_of(name), prompt_of(37), 12
@@ -123,6 +126,21 @@ def test_a_seed_gives_the_same_tokens_in_any_slot_and_company() -> None:
     alone = draw(0, ())
     assert draw(2, (0, 1)) == alone
     assert len(set(alone)) > 5
+
+
+@pytest.mark.parametrize("layout", ["separate", "cpu"])
+def test_a_program_traces_one_layer_of_all(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    jax.clear_caches()
+    runner_of.cache_clear()
+    traced, run = [], Layer.__call__
+
+    def count(self: Layer, *args: Any, **kwargs: Any) -> Any:
+        traced.append(kwargs["layer"])
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(Layer, "__call__", count)
+    runner = runner_of("compensated", layout)
+    assert len(traced) == runner.num_programs
 
 
 def test_nothing_compiles_after_warm_up() -> None:
