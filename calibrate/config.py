@@ -34,6 +34,11 @@ class CalibrateConfig:
     model: str = "demo"
     """`demo` (SmolLM2-135M-Instruct), a Hugging Face directory, a GGUF file, or a hub id `org/name`."""
 
+    reference: str | None = None
+    """Where --model is an int4 checkpoint (AutoAWQ, GPTQ, compressed-tensors): the model it was made from, which is
+    what compensators are trained towards. The base is imported as it is: its codes, scales and zero points change only
+    if --zero-byte or --joint say so."""
+
     output: Path | None = None
     """Directory of the results: checkpoint/, report.html, report.json and work/. Default: calibrated/NAME."""
 
@@ -43,10 +48,11 @@ class CalibrateConfig:
     quick: bool = False
     """Few and short sequences, few steps, few windows of evaluation: minutes on a CPU."""
 
-    quantizer: Quantizer = "refined"
+    quantizer: Quantizer | Literal["imported"] = "refined"
     """How weights are rounded to int4. rtn: to nearest, min-max scales. awq: to nearest behind channel scales. clip,
     learned-clip: to nearest on searched, on learned scales. gptq, gptq-clip: GPTQ on min-max, on searched scales.
-    refined: scales searched under GPTQ, then coordinate descent; the best."""
+    refined: scales searched under GPTQ, then coordinate descent; the best. imported: --model is int4 already; what
+    --reference sets."""
 
     group_size: Literal[-1, 32, 64, 128] = -1
     """Input features that share a scale; -1 is one scale per output channel."""
@@ -186,6 +192,7 @@ class CalibrateConfig:
         """
         if self.symmetric and self.asymmetric:
             raise ValueError("symmetric and asymmetric exclude each other")
+        self._check_import()
         lowest = {"sequences": 2, "length": 8, "moment_sequences": 1, "eval_window": 2}
         lowest |= dict.fromkeys(("damage_sequences", "prompt_length"), 0)
         positive = ("max_rank", "zero_steps", "steps", "batch_size", "save_every", "eval_windows", "task_limit")
@@ -207,6 +214,16 @@ class CalibrateConfig:
                 raise ValueError(f"{name} names a group twice: {', '.join(getattr(self, name))}")
         # These refuse what is wrong with the values they are built from.
         _ = self.spec, self.gate_config, self.train_config, self.zero_config
+
+    def _check_import(self) -> None:
+        if self.quantizer == "imported" and self.reference is None:
+            raise ValueError("quantizer imported needs --reference: the model that the int4 checkpoint was made from")
+        if self.reference is None:
+            return
+        if self.quantizer != "imported":
+            raise ValueError(f"quantizer {self.quantizer}: with --reference the int4 base is imported as it is")
+        if changed := {"codes", "ranges"}.intersection(self.zero_byte + self.joint):
+            raise ValueError(f"{' and '.join(sorted(changed))} would round an imported base again: leave them out")
 
     @property
     def spec(self) -> QuantSpec:
@@ -270,6 +287,9 @@ QUICK: dict[str, Any] = {
 }
 """What --quick sets; a file and flags win over it."""
 
+IMPORTED: dict[str, Any] = {"quantizer": "imported", "zero_byte": (), "joint": ()}
+"""What --reference sets; a file and flags win over it."""
+
 
 def parse(arguments: Sequence[str]) -> CalibrateConfig:
     """Read settings from an optional YAML file and flags; none at all means the demo model with --quick.
@@ -286,9 +306,14 @@ def parse(arguments: Sequence[str]) -> CalibrateConfig:
         quick = settings.quick or "--quick" in arguments
     else:
         quick = "--quick" in arguments or not arguments
-    defaults = CalibrateConfig(**((QUICK if quick else {}) | given))
-    if quick:
-        defaults = dataclasses.replace(defaults, quick=True)
-    config = parse_flags(CalibrateConfig, prog="python -m spear_jax.calibrate", args=arguments, default=defaults)
+
+    def read(preset: dict[str, Any]) -> CalibrateConfig:
+        defaults = dataclasses.replace(CalibrateConfig(**(preset | given)), quick=quick)
+        return parse_flags(CalibrateConfig, prog="python -m spear_jax.calibrate", args=arguments, default=defaults)
+
+    preset = QUICK if quick else {}
+    config = read(preset)
+    if config.reference is not None:
+        config = read(preset | IMPORTED)
     config.check()
     return config

@@ -11,12 +11,12 @@ from calibrate.train import TrainConfig
 from calibrate.workdir import Key
 
 
-def stage_keys(c: CalibrateConfig, path: Path, *, dtype: str) -> dict[str, Key]:
+def stage_keys(c: CalibrateConfig, *paths: Path, dtype: str) -> dict[str, Key]:
     """Give the key of each stage: its settings, and those of the stages that it builds on.
 
-    `path` is the model's file or directory, `dtype` the type of its activations.
+    `paths` are the files or directories of the model and of its reference, `dtype` the type of activations.
     """
-    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), path / "config.json"])
+    files = [file for path in paths for file in _files(path)]
     stamps = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.exists()]
     texts = [[name, *file_stamp(Path(name))] for name in c.text]
     keys = {"load": Key.first(files=stamps, dtype=dtype)}
@@ -50,6 +50,10 @@ def stage_keys(c: CalibrateConfig, path: Path, *, dtype: str) -> dict[str, Key]:
     keys["static initial"] = keys["damage"].then(gate=static, joint=c.joint, seed=c.seed, **placement)
     keys["static"] = keys["static initial"].then(train=_relevant(c.train_config, ("factors", *c.joint)))
     return keys
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted([*path.glob("*.safetensors"), path / "config.json"])
 
 
 def file_stamp(path: Path) -> list[int]:

@@ -287,9 +287,10 @@ def _result(
 
 def _write_checkpoints(run: Workshop, stored: list[Variant]) -> Path:
     config = run.config
-    source = Path(config.model).expanduser()
+    named = config.reference or config.model
+    source = Path(named).expanduser()
     details = {
-        "reference": str(source.resolve()) if source.exists() else config.model,
+        "reference": str(source.resolve()) if source.exists() else named,
         "quantizer": config.quantizer,
         "zero_byte": list(dict.fromkeys((*config.zero_byte, *config.joint))),
         "settings": config.as_json(),

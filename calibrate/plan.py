@@ -5,7 +5,16 @@ import dataclasses
 from calibrate.config import CalibrateConfig
 from spear_jax.config import ModelConfig
 
-_SWEEPS = {"rtn": 0.0, "awq": 20, "clip": 24, "learned-clip": 100, "gptq": 4, "gptq-clip": 28, "refined": 110}
+_SWEEPS = {
+    "imported": 0.0,
+    "rtn": 0.0,
+    "awq": 20,
+    "clip": 24,
+    "learned-clip": 100,
+    "gptq": 4,
+    "gptq-clip": 28,
+    "refined": 110,
+}
 """About how many products of a weight with its inputs' moment each quantizer takes."""
 
 _COMPILE_SECONDS = 8

@@ -16,6 +16,7 @@ from calibrate.capture import Moments, all_hidden_states, choose_attend, second_
 from calibrate.config import CalibrateConfig
 from calibrate.damage import choose_ranks, module_damage
 from calibrate.data import calibration_tokens, read_texts
+from calibrate.imported import align, load_reference, with_imported_grid
 from calibrate.initialize import whitened_svd
 from calibrate.keys import stage_keys
 from calibrate.progress import Stages
@@ -59,12 +60,14 @@ class Workshop:
         if find_checkpoint(config.model) is not None:
             raise ValueError(f"{config.model} is a checkpoint of a quantized model: name the model it was made from")
         source = resolve(config.model)
+        self.config = config = with_imported_grid(config, source.path)
         self.output = config.output or Path("calibrated") / Path(source.name).name
         self.work = WorkDirectory(self.output / "work")
         self.on_cpu = jax.default_backend() == "cpu"
         dtype = ("float32" if self.on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype
         self.dtype = jnp.dtype(dtype)
-        self.keys = stage_keys(config, source.path, dtype=self.dtype.name)
+        paths = [source.path, *([] if config.reference is None else [resolve(config.reference).path])]
+        self.keys = stage_keys(config, *paths, dtype=self.dtype.name)
         self._refuse_foreign_output()
         for name in config.tasks:
             find_task(name)
@@ -79,6 +82,11 @@ class Workshop:
             self.loaded = models.load(config.model, dtype="float32")
             self.exact = self.loaded.model
             check_weights(self.exact, source=config.model)
+            self.aligned = None
+            if config.reference is not None:
+                self.exact = load_reference(config.reference, self.loaded.model)
+                check_weights(self.exact, source=config.reference)
+                self.aligned = align(self.exact, self.loaded.model, source=config.reference)
             self.reference = cast_model(self.exact, self.dtype)
         limit = self.exact.config.max_position
         for name in ("length", "eval_window"):
@@ -178,22 +186,28 @@ class Workshop:
     @functools.cached_property
     def _behind_channel_scales(self) -> tuple[Decoder, Moments]:
         moments = self.moments
+        if self.aligned is not None:
+            return self.aligned.model, self.aligned.moments(moments)
         with self.stages.stage("channel scales"):
             return move_channel_scales(self.exact, moments, self.config.spec)
 
     @property
     def rounded_from(self) -> Decoder:
-        """The float model that the base was rounded from: with AWQ, the one behind channel scales."""
+        """The float model that the base was rounded from: with AWQ, or imported, the one behind channel scales."""
+        if self.aligned is not None:
+            return self.aligned.model
         return self._behind_channel_scales[0] if self.config.quantizer == "awq" else self.exact
 
     @property
     def rounded_moments(self) -> Moments:
         """The second moments of the inputs of what the base was rounded from."""
-        return self._behind_channel_scales[1] if self.config.quantizer == "awq" else self.moments
+        return self._behind_channel_scales[1] if self.config.quantizer in ("awq", "imported") else self.moments
 
     @functools.cached_property
     def quantized(self) -> Decoder:
-        """The int4 base as the quantizer gives it, with embedding and head as they are stored."""
+        """The int4 base as the quantizer gives it, or as imported, with embedding and head as they are stored."""
+        if self.config.quantizer == "imported":
+            return as_stored(cast_model(self.loaded.model, self.dtype))
         saved = self.work.load("quantize", self.keys["quantize"])
         stored = as_stored(self.reference)
         if saved is not None:
@@ -260,9 +274,12 @@ class Workshop:
             self.stages.resumed("diagnose", saved.values["seconds"])
             return saved.arrays["damage"]
         tokens, dense = self.tokens[: config.damage_sequences], self.dense
+        # Weights behind channel scales belong to what feeds them: the reference's function, in the base's scales.
+        moved = config.quantizer in ("awq", "imported")
+        reference = cast_model(self.rounded_from, self.dtype) if moved else self.reference
         with self.stages.stage("diagnose") as report:
             size = min(config.batch_size, len(tokens))
-            damage = module_damage(self.reference, dense, tokens, batch_size=size, attend=self.attend, progress=report)
+            damage = module_damage(reference, dense, tokens, batch_size=size, attend=self.attend, progress=report)
         self.work.save("diagnose", self.keys["damage"], {"damage": damage}, seconds=self.stages.seconds["diagnose"])
         return damage
 

@@ -40,6 +40,9 @@ _PARTS: dict[Method, dict[str, Part]] = {
 _AWQ_PLACES = np.asarray([0, 4, 1, 5, 2, 6, 3, 7], np.intp)
 """Nibble of a word of AutoAWQ that holds each of its eight outputs."""
 
+_LEAST_GROUP = 32
+"""Columns that products with int4 weights take at a time share a scale (`serve/cpu.py`, kernels)."""
+
 _FLIP = np.uint8(0x88)
 """Turns both nibbles of a byte from 0..15 to two's complement of what they are less eight."""
 
@@ -172,8 +175,8 @@ def read_format(settings: Settings) -> Int4Format | None:
             found = _compressed_tensors(own)
         case other:
             raise ValueError(f"{own.source}: quant_method = {other!r} is not supported (only {', '.join(_PARTS)})")
-    if found.group_size != -1 and (found.group_size < 2 or found.group_size % 2):
-        raise ValueError(f"{own.source}: group_size must be -1 or an even number, got {found.group_size}")
+    if found.group_size != -1 and (found.group_size < _LEAST_GROUP or found.group_size % _LEAST_GROUP):
+        raise ValueError(f"{own.source}: group_size must be -1 or a multiple of {_LEAST_GROUP}, got {found.group_size}")
     return found
 
 

@@ -285,7 +285,7 @@ def test_groups_that_do_not_divide_the_inputs_are_refused(tmp_path: Path) -> Non
         ("int4", "quant_method = None is not supported"),
         (AWQ | {"bits": 8}, "bits = 8 is not supported"),
         (AWQ | {"version": "gemv"}, "version = 'gemv' is not supported"),
-        (AWQ | {"group_size": 33}, "group_size must be -1 or an even number, got 33"),
+        (AWQ | {"group_size": 16}, "group_size must be -1 or a multiple of 32, got 16"),
         (GPTQ | {"bits": 3}, "bits = 3 is not supported"),
         (GPTQ | {"bits": None}, "bits is missing"),
         (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format = 'marlin' is not supported"),
