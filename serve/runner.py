@@ -54,20 +54,23 @@ class Runner:
     ):
         self.slots = slots
         self.buckets = tuple(sorted(buckets))
-        self._leaves, tree = jax.tree.flatten(model)
+        leaves, tree = jax.tree.flatten(model)
+        self._leaves: list[Array] = _committed(leaves)
         dtype = model.dtype
         stacked = not hasattr(model.layers, "__len__")
         cache = allocate(
             model.config, slots=slots, context=context, padding=self.buckets[-1], dtype=dtype, stacked=stacked
         )
         self.cache_bytes = weight_bytes(cache)
-        self._state = DeviceState(
-            cache=cache,
-            token=jnp.zeros(slots, jnp.int32),
-            length=jnp.zeros(slots, jnp.int32),
-            sampling=jax.tree.map(
-                jnp.asarray, SamplingState.of([SamplingParams(max_tokens=1, temperature=0.0)] * slots)
-            ),
+        self._state = _committed(
+            DeviceState(
+                cache=cache,
+                token=jnp.zeros(slots, jnp.int32),
+                length=jnp.zeros(slots, jnp.int32),
+                sampling=jax.tree.map(
+                    jnp.asarray, SamplingState.of([SamplingParams(max_tokens=1, temperature=0.0)] * slots)
+                ),
+            )
         )
         self._prefill = _jit(tree, _prefill, logits)
         self._decode_all = _jit(tree, _decode_all, logits)
@@ -115,15 +118,27 @@ class Runner:
         if self._decode_one is not None:
             programs.append(("decode 1", self._decode_one, (np.int32(0),)))
         programs.append((f"decode {self.slots}", self._decode_all, (np.ones(self.slots, bool),)))
-        leaves, state = jax.eval_shape(lambda *arrays: arrays, self._leaves, self._state)
+        leaves, state = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+            (self._leaves, self._state),
+        )
         with ThreadPoolExecutor(max_workers=2) as pool:
-            # A call finds what was compiled for the same function and shapes.
+            # A call finds what was compiled for the same function, shapes and placement.
             pending = [pool.submit(lambda f, a: f.lower(leaves, state, *a).compile(), f, a) for _, f, a in programs]
             for (name, program, args), compiled in zip(programs, pending, strict=True):
                 compiled.result()
                 token, self._state = program(self._leaves, self._state, *args)
                 token.block_until_ready()
                 yield name
+
+
+def _committed(arrays: Any) -> Any:
+    """Tie arrays to where they are.
+
+    A program is compiled for committed or for uncommitted arguments. What a checkpoint restores is committed and what
+    is made here is not: left so, each program would compile again when its arguments come from another program.
+    """
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), arrays)
 
 
 def _jit(tree: Any, step: Callable[..., tuple[Array, DeviceState]], logits: Logits) -> Any:

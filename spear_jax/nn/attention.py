@@ -14,9 +14,9 @@ _QUERY_BLOCK = 128
 class Attend(Protocol):
     """How a layer attends: writes its new keys and values to a cache, and reads what it may see.
 
-    `q` and `k` come normalised and rotated. `cache` is any pytree: that of all layers in a scan, where the traced `layer`
-    picks this layer's part, or the layer's own where layers are separate, and then `layer` is 0. A query sees at most
-    `window` keys, itself included.
+    `q` and `k` come normalised and rotated. `cache` is any pytree: that of all layers in a scan, where the traced
+    `layer` picks this layer's part, or the layer's own where layers are separate, and then `layer` is 0. A query sees
+    at most `window` keys, itself included.
     """
 
     def __call__(

@@ -143,6 +143,28 @@ def test_a_program_traces_one_layer_of_all(layout: str, monkeypatch: pytest.Monk
     assert len(traced) == runner.num_programs
 
 
+@pytest.mark.parametrize("committed", [True, False])
+def test_each_program_compiles_once_wherever_the_arrays_come_from(committed: bool) -> None:
+    jax.clear_caches()
+    device = jax.devices()[0]
+    model = jax.tree.map(lambda leaf: jax.device_put(leaf, device) if committed else leaf, model_of("quantized"))
+    compiled: list[str] = []
+
+    def listen(event: str, seconds: float, **details: str | int) -> None:
+        del seconds
+        if event.endswith("backend_compile_duration"):
+            compiled.append(str(details.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        runner = Runner(model, slots=2, context=64, buckets=(8, 16), lone_program=True)
+        list(runner.warm_up())
+        start(runner, 1, prompt_of(9))
+        assert sum("_prefill" in name or "_decode" in name for name in compiled) == runner.num_programs
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
 def test_nothing_compiles_after_warm_up() -> None:
     runner = runner_of("full", "cpu")
     compiled: list[str] = []
