@@ -1,6 +1,7 @@
 """Int4 checkpoints of other tools as the base: their grid, and the original moved to their channel scales."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -20,9 +21,9 @@ _MOST_ERROR = 0.6
 """Relative error of a weight above which it is no rounding of the reference's: of int4 it is 0.05 to 0.3, of weights
 that have nothing to do with each other 1.4."""
 
-_SPREAD = 0.05
-"""Standard deviation of the logarithm of fitted row scales below which they are noise of rounding: AWQ's is 0.2 or
-more."""
+_LEAST_GAIN = 0.1
+"""Share of the squared errors of two weights that fitted scales between them must take off to be kept: below it they
+are noise of rounding."""
 
 
 def with_imported_grid(config: CalibrateConfig, path: Path) -> CalibrateConfig:
@@ -100,22 +101,24 @@ def align(exact: Decoder, base: Decoder, *, source: str) -> Aligned:
         setattr(layers, norm_name, RMSNorm(gain, eps=norm.eps))
         weights[name] = weights[name] * channels[name][:, None, :]
 
-    values = config.num_kv_heads * config.head_dim
-    value_scale = _row_scales(stored["qkv"][:, -values:], weights["qkv"][:, -values:])
-    up_scale = _row_scales(
-        stored["gate_up"][:, -config.intermediate_size :], weights["gate_up"][:, -config.intermediate_size :]
-    )
-    rows = {"qkv": _after_ones(value_scale, weights["qkv"]), "gate_up": _after_ones(up_scale, weights["gate_up"])}
-    for name, scale in rows.items():
-        weights[name] = weights[name] * scale[..., None]
-    heads = value_scale.reshape(config.num_layers, config.num_kv_heads, config.head_dim)
-    heads = jnp.repeat(heads, config.num_heads // config.num_kv_heads, axis=1)
-    channels |= {"o": 1 / heads.reshape(config.num_layers, -1), "down": 1 / up_scale}
-    for name in ("o", "down"):
-        weights[name] = weights[name] * channels[name][:, None, :]
+    def shared(scale: Float[Array, "L V"]) -> Float[Array, "L O"]:
+        """Repeat the scales of values for each query head that reads them."""
+        heads = scale.reshape(config.num_layers, config.num_kv_heads, config.head_dim)
+        repeated = jnp.repeat(heads, config.num_heads // config.num_kv_heads, axis=1)
+        return repeated.reshape(config.num_layers, -1)
+
+    rows: dict[str, Array] = {}
+    values, ups = config.num_kv_heads * config.head_dim, config.intermediate_size
+    for first, second, count, spread in (("qkv", "o", values, shared), ("gate_up", "down", ups, lambda scale: scale)):
+        block = weights[first][:, -count:], stored[first][:, -count:]
+        scale = _scales_between(block, (weights[second], stored[second]), spread)
+        channels[second] = 1 / spread(scale)
+        rows[first] = jnp.pad(scale, ((0, 0), (weights[first].shape[1] - count, 0)), constant_values=1.0)
+        weights[first] = weights[first] * rows[first][..., None]
+        weights[second] = weights[second] * channels[second][:, None, :]
 
     for name, weight in weights.items():
-        error = jnp.linalg.norm(weight - stored[name], axis=(1, 2)) / jnp.linalg.norm(weight, axis=(1, 2))
+        error = _relative_error(weight, stored[name])
         if not float(error.max()) < _MOST_ERROR:
             raise ValueError(
                 f"--reference {source} is not what the int4 checkpoint was made from: {name} of layer "
@@ -128,13 +131,27 @@ def align(exact: Decoder, base: Decoder, *, source: str) -> Aligned:
     return Aligned(model=exact.replace(layers=layers), channels=channels)
 
 
-def _row_scales(stored: Float[Array, "L N K"], weight: Float[Array, "L N K"]) -> Float[Array, "L N"]:
-    """Fit what each row was multiplied by; one in layers where no row stands out."""
-    scale = jnp.sum(stored * weight, axis=-1) / jnp.sum(jnp.square(weight), axis=-1)
+def _scales_between(
+    rows: tuple[Float[Array, "L M K"], Float[Array, "L M K"]],
+    columns: tuple[Float[Array, "L N O"], Float[Array, "L N O"]],
+    spread: Callable[[Float[Array, "L M"]], Float[Array, "L O"]],
+) -> Float[Array, "L M"]:
+    """Fit what each row of a weight was multiplied by, where the columns of the next were divided by the same.
+
+    Both are given as in the reference and as stored. `spread` gives the scale of each column from those of the rows.
+    Layers where a fit explains little get ones.
+    """
+    (exact, stored), (exact_after, stored_after) = rows, columns
+    scale = jnp.sum(stored * exact, axis=-1) / jnp.sum(jnp.square(exact), axis=-1)
     scale = jnp.where(jnp.isfinite(scale) & (scale > 0), scale, 1.0)
-    return jnp.where(jnp.std(jnp.log(scale), axis=-1, keepdims=True) < _SPREAD, 1.0, scale)
+
+    def error(scale: Float[Array, "L M"]) -> Float[Array, "L 1"]:
+        here = _relative_error(exact * scale[..., None], stored)
+        after = _relative_error(exact_after / spread(scale)[:, None, :], stored_after)
+        return (jnp.square(here) + jnp.square(after))[:, None]
+
+    return jnp.where(error(scale) < (1 - _LEAST_GAIN) * error(jnp.ones_like(scale)), scale, 1.0)
 
 
-def _after_ones(scale: Float[Array, "L N"], weight: Float[Array, "L M K"]) -> Float[Array, "L M"]:
-    """Give scales of all rows: those of the last ones, and one for the rows before."""
-    return jnp.pad(scale, ((0, 0), (weight.shape[1] - scale.shape[1], 0)), constant_values=1.0)
+def _relative_error(weight: Float[Array, "L N K"], stored: Float[Array, "L N K"]) -> Float[Array, " L"]:
+    return jnp.linalg.norm(weight - stored, axis=(1, 2)) / jnp.linalg.norm(stored, axis=(1, 2))

@@ -124,6 +124,8 @@ def test_compensators_are_trained_on_the_base_as_it_is(symmetric, tiny_source, w
     exact = load(str(tiny_source), dtype="float32").model(TOKENS)[0]
     before, after = (np.linalg.norm(m(TOKENS)[0] - exact) for m in (imported.model, calibrated.model))
     assert after < 0.9 * before
+    # Weights behind channel scales put into the reference as it is would do a hundred times more damage.
+    assert np.max(list(outcome.result.damage.values())) < 0.05
     kind = "symmetric" if symmetric else "asymmetric"
     assert outcome.result.quantizer == f"imported, {kind}, group 32"
     arms = evaluate(
