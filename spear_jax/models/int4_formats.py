@@ -224,7 +224,6 @@ def _compressed_tensors(own: Settings) -> Int4Format:
         raise ValueError(f"{own.source}: config_groups is missing or empty")
     own.refuse("kv_cache_scheme")
     own.refuse("transform_config", {})
-    own.refuse("quantization_status", "compressed")
     found = {_compressed_group(own, name, group) for name, group in groups.items()}
     if len(found) > 1:
         raise ValueError(f"{own.source}: config_groups {listed(groups)} differ: all linears must be stored alike")

@@ -269,6 +269,21 @@ def test_a_shape_that_contradicts_the_configuration_is_refused(tmp_path: Path) -
         load(directory)
 
 
+@pytest.mark.parametrize(
+    ("index", "refused"), [(np.arange(96) // 32, False), (np.full(96, -1), False), (np.arange(96) % 3, True)]
+)
+def test_an_index_of_groups_may_say_that_there_is_no_order(tmp_path: Path, index: np.ndarray, refused: bool) -> None:
+    model = rounded()
+    directory = write(tmp_path / "model", model, COMPRESSED)
+    tensors = load_file(directory / "model.safetensors")
+    save_file(tensors | {f"{DOWN}.weight_g_idx": index.astype(np.int32)}, directory / "model.safetensors")
+    if refused:
+        with pytest.raises(ValueError, match=r"weight_g_idx: columns of a group are not neighbours"):
+            load(directory)
+    else:
+        np.testing.assert_array_equal(weight_of(load(directory), "down").packed, weight_of(model, "down").packed)
+
+
 def test_groups_that_do_not_divide_the_inputs_are_refused(tmp_path: Path) -> None:
     directory = write(tmp_path / "model", rounded(), GPTQ)
     config = json.loads((directory / "config.json").read_text())
