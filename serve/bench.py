@@ -5,15 +5,13 @@ import dataclasses
 import itertools
 import json
 import statistics
-import sys
 import time
 
 import httpx
-import tyro
 from rich.console import Console
 from rich.table import Table
 
-from spear_jax.cli import run_main
+from spear_jax.cli import parse_flags, run_main
 
 _PROMPT = "Write a long story about a lighthouse keeper who finds a map, number {number}. Describe every day in detail."
 
@@ -116,7 +114,7 @@ def bench(config: BenchConfig) -> int:
     """
     try:
         results = [asyncio.run(_measure(config, streams)) for streams in config.streams]
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ValueError(f"{config.url}: {error or type(error).__name__}") from None
     table = Table("streams", "tokens/s", "TTFT p50 ms", "TTFT max ms", "ITL p50 ms", "ITL p99 ms")
     for r in results:
@@ -129,7 +127,7 @@ def bench(config: BenchConfig) -> int:
 
 def main() -> None:
     """Run the benchmark named on the command line."""
-    run_main(lambda: bench(tyro.cli(BenchConfig, args=sys.argv[1:], prog="python -m serve.bench")))
+    run_main(lambda: bench(parse_flags(BenchConfig, prog="python -m serve.bench")))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ class Detokenizer:
             delta, self._sent = certain[len(self._sent) :], certain
         if waited > _MAX_UNSETTLED:
             self._restart(self._window[-_CONTEXT_TOKENS:])
-        elif self._sent == text:
+        elif delta and self._sent == text:
+            # An id without text, a special token, gives the next one no context to tell a leading space from.
             self._restart(self._window[self._settled :])
         return delta
 

@@ -83,7 +83,7 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console) -> Eng
             loaded = load(config.model, dtype=config.dtype)
         context = _context(config, loaded.config.max_position)
         with phases.phase("quantize" if config.quantize == "rtn" else "prepare weights"):
-            model, description, dense = _prepare(loaded.model, config)
+            model, description, dense = prepare(loaded.model, config)
             name, tokenizer, architecture = loaded.name, loaded.tokenizer, loaded.config
             del loaded
         runner = Runner(
@@ -151,7 +151,7 @@ def _context(config: ServeConfig, max_position: int) -> int:
     return config.max_context
 
 
-def _prepare(model: Decoder, config: ServeConfig) -> tuple[Decoder, str, bool]:
+def prepare(model: Decoder, config: ServeConfig) -> tuple[Decoder, str, bool]:
     """Quantize and lay out the weights for serving; says what was done, and whether they are dense ones on a CPU."""
     cpu = jax.default_backend() == "cpu"
     expand = config.weights == "expanded" or (config.weights == "auto" and cpu)
@@ -169,8 +169,9 @@ def _prepare(model: Decoder, config: ServeConfig) -> tuple[Decoder, str, bool]:
         model, int4 = quantize_model(model, spec), True
     if config.embedding == "int8":
         model = quantize_tables(model)
-    expand = expand and (int4 or config.embedding == "int8")
-    dense = cpu and model.dtype == jnp.float32 and (not int4 or expand)
+    compressed = int4 or config.embedding == "int8"
+    expand = expand and compressed
+    dense = cpu and model.dtype == jnp.float32 and (expand or not compressed)
     if expand:
         description += f", expanded to {jnp.dtype(model.dtype).name}"
         model = expand_tables(model, model.dtype) if dense else expand_model(model, model.dtype)

@@ -112,10 +112,18 @@ def end(server: ServerProcess) -> None:
         pipe.close()
 
 
-@pytest.fixture(scope="session")
-def launch_server() -> Callable[..., ServerProcess]:
-    """Give a function that starts a server of the test's own; stop it with `end`."""
-    return launch
+@pytest.fixture
+def launch_server() -> Iterator[Callable[..., ServerProcess]]:
+    """Give a function that starts a server of the test's own, which ends with the test."""
+    servers: list[ServerProcess] = []
+
+    def start(*flags: str) -> ServerProcess:
+        servers.append(launch(*flags))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        end(server)
 
 
 @pytest.fixture(scope="session")

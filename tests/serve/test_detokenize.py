@@ -77,6 +77,14 @@ def test_a_prompt_cut_inside_a_character_is_completed_not_repeated(before: str, 
     assert "".join(deltas(tokenizer.decode, ids[split:], ids[:split])) == "👍" + after
 
 
+def test_a_special_token_inside_an_answer_does_not_take_the_space_after_it() -> None:
+    def decode(ids: Sequence[int]) -> str:
+        return " ".join(f"w{i}" for i in ids if i)
+
+    detokenizer = Detokenizer(decode, prompt=(5, 6))
+    assert [detokenizer.push(token) for token in (1, 0, 0, 2, 3)] == [" w1", "", "", " w2", " w3"]
+
+
 def test_the_space_after_a_prompt_is_kept() -> None:
     tokenizer = byte_fallback()
     ids = tokenizer.encode("abc▁de").ids

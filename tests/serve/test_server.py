@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import openai
 import pytest
 
@@ -94,7 +96,8 @@ def test_eight_clients_at_once_get_the_answers_they_get_alone(client: openai.Ope
     assert len(set(alone)) == len(PROMPTS)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         streamed = list(pool.map(lambda prompt: ask_streaming(client, prompt)[0], PROMPTS))
-    assert streamed == alone
+        whole = list(pool.map(lambda prompt: ask(client, prompt).choices[0].message.content, PROMPTS))
+    assert streamed == whole == alone
     assert server.metric("compilations_after_ready_total") == 0
 
 
@@ -253,9 +256,9 @@ def test_a_port_in_use_is_one_line_and_status_2(starting_server: Any) -> None:
     assert_mistake(["--port", port], "choose another --port")
 
 
-def assert_mistake(flags: list[str], word: str) -> None:
+def assert_mistake(flags: list[str], word: str, *, module: str = "spear_jax.serve") -> None:
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "spear_jax.serve", *flags]
+    command = [sys.executable, "-m", module, *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=root)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert (done.returncode, len(errors)) == (2, 1), done.stderr
@@ -269,10 +272,43 @@ def assert_mistake(flags: list[str], word: str) -> None:
         (["missing.yaml"], "missing.yaml"),
         (["--port", "0", "--model", "missing.gguf"], "missing.gguf"),
         (["--max-slots", "0"], "max_slots"),
+        (["--slots", "3"], "--slots"),
+        (["--port", "0", "--max-context", "9000"], "max_context 9000 is more than the 8192 positions of the model"),
     ],
 )
 def test_mistakes_in_settings_are_one_line_and_status_2(flags: list[str], word: str) -> None:
     assert_mistake(flags, word)
+
+
+@pytest.mark.parametrize("module", ["spear_jax.serve", "spear_jax.evaluate"])
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [
+        ("truncated", "model.gguf: truncated"),
+        ("type", "tensor blk.0.attn_q.weight has type Q2_K, which is not supported"),
+        ("architecture", "architecture FalconForCausalLM"),
+        ("empty", "config.json"),
+    ],
+)
+def test_models_that_cannot_be_read_are_one_line_and_status_2(
+    tmp_path: Path, module: str, kind: str, word: str
+) -> None:
+    model = tmp_path / "model.gguf"
+    if kind in ("truncated", "type"):
+        writer = gguf.GGUFWriter(model, "llama")
+        writer.add_tensor("blk.0.attn_q.weight", np.zeros((1, 84), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q2_K)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    if kind == "truncated":
+        model.write_bytes(model.read_bytes()[:90])
+    if kind in ("architecture", "empty"):
+        model.mkdir()
+    if kind == "architecture":
+        (model / "config.json").write_text('{"architectures": ["FalconForCausalLM"], "model_type": "falcon"}')
+    flags = ["--port", "0"] if module == "spear_jax.serve" else ["--text", __file__]
+    assert_mistake(["--model", str(model), *flags], word, module=module)
 
 
 def test_an_unknown_key_in_the_yaml_is_named(tmp_path: Path) -> None:

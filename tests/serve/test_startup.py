@@ -1,0 +1,112 @@
+"""What the server makes of a model at load, and what a start shows."""
+
+import io
+import json
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from rich.console import Console
+from transformers import PreTrainedTokenizerFast
+
+from pallas_kernels.int4_matmul import Gate
+from serve.bench import BenchConfig, bench
+from serve.config import ServeConfig
+from serve.cpu import cpu_logits
+from serve.startup import Phases, prepare
+from spear_jax.checkpoint import load_checkpoint, save_checkpoint
+from spear_jax.models.decoder import Decoder
+from spear_jax.models.quantize import quantize_model, quantize_tables
+from spear_jax.quant import CompensatorBank, QuantSpec
+from spear_jax.testing import assert_close, random_weights, tiny_config
+
+PROMPT = "w5 w17 w80 w33 w2"
+
+
+def compensated_model() -> Decoder:
+    """A model as calibration leaves it: int4, and compensators whose ranks differ from layer to layer."""
+    config = tiny_config(tie_embeddings=False)
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape) * 0.3, jnp.float32)
+
+    model = quantize_model(Decoder.from_weights(config, random_weights(config), dtype=jnp.float32), QuantSpec())
+    for name, ranks in {"qkv": (1, 0, 2), "down": (0, 3, 1)}.items():
+        n, k = config.module_shapes()[name]
+        t = sum(ranks)
+        gate = Gate(w_in=draw(t, 4), b_in=draw(3, 4), w_out=draw(t, 4), b_out=draw(t))
+        model.compensators[name] = CompensatorBank(ranks, draw(t, k), draw(t, n), gate=gate).to_int8()
+    return model
+
+
+def logits(model: Decoder, of: Callable[..., Any] = Decoder.logits) -> jax.Array:
+    return jax.jit(lambda m: of(m, m(np.arange(2, 20, dtype=np.int32)[None])[0]))(model)
+
+
+@pytest.mark.parametrize("embedding", ["keep", "int8"])
+@pytest.mark.parametrize("weights", ["auto", "expanded", "packed"])
+@pytest.mark.parametrize("source", ["dense", "dense, not quantized", "checkpoint"])
+def test_however_a_model_is_laid_out_it_computes_the_same(source: str, weights: Any, embedding: Any) -> None:
+    config = tiny_config(tie_embeddings=False)
+    model = Decoder.from_weights(config, random_weights(config), dtype=jnp.float32)
+    settings = ServeConfig(quantize="none" if "not" in source else "rtn", weights=weights, embedding=embedding)
+    expected = model = compensated_model() if source == "checkpoint" else model
+    if source == "dense":
+        expected = quantize_model(model, QuantSpec(group_size=settings.group_size))
+    if embedding == "int8":
+        expected = quantize_tables(expected)
+    laid_out, description, dense = prepare(model, settings)
+    assert ("int4" in description) == ("not" not in source)
+    assert ("error compensators" in description) == (source == "checkpoint")
+    assert_close(logits(laid_out, cpu_logits if dense else Decoder.logits), logits(expected), relative=1e-5)
+
+
+def test_a_start_shows_what_is_being_compiled_and_logs_each_phase(caplog: pytest.LogCaptureFixture) -> None:
+    screen = io.StringIO()
+    caplog.set_level("INFO", logger="serve")
+    with Phases(Console(file=screen, force_terminal=True)) as phases, phases.phase("compile", steps=2):
+        phases.advance("compiled prefill 64")
+        phases.advance("compiled decode 8")
+        time.sleep(0.5)  # redrawn ten times a second
+    assert "compiled decode 8" in screen.getvalue()
+    assert "2/2" in screen.getvalue()
+    assert [record.message.split(":")[0] for record in caplog.records] == ["compile"]
+
+
+@pytest.mark.timeout(300)
+def test_what_calibration_wrote_is_served(tmp_path: Path, launch_server: Callable[..., Any]) -> None:
+    vocab = {"<unk>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, 96)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
+    model = compensated_model()
+    save_checkpoint(tmp_path / "out" / "checkpoint", model, tokenizer, name="tiny")
+    server = launch_server("--model", str(tmp_path / "out"), "--max-context", "64", "--compilation-cache", "none")
+    server.wait_for_log("ready: ", seconds=200)
+    assert "with error compensators of" in "".join(server.log)
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        text = json.load(response)["choices"][0]["text"]
+    assert server.metric("compilations_after_ready_total") == 0
+    model = load_checkpoint(tmp_path / "out" / "checkpoint").model
+    tokens: list[int] = tokenizer.encode(PROMPT)
+    for _ in range(8):
+        hidden, _ = model(jnp.asarray([tokens]))
+        tokens.append(int(model.logits(hidden[0, -1]).argmax()))
+    assert text.split() == [f"w{token}" for token in tokens[-8:] if token > 1]
+
+
+def test_the_bench_says_in_one_line_that_there_is_no_server() -> None:
+    with pytest.raises(ValueError, match=r"http://127\.0\.0\.1:1: "):
+        bench(BenchConfig(url="http://127.0.0.1:1"))
