@@ -1,6 +1,7 @@
 """The forms of a product that XLA's CPU back end runs fastest at the few rows of a decode step.
 
-All figures: two cores of an x86 server with AVX2, milliseconds for one product with a weight of 3072 x 576.
+All figures: milliseconds for one product with a weight of 3072 x 576 on two cores of an x86 server, one with AVX2 or a
+newer one with AVX-512.
 """
 
 import dataclasses
@@ -20,7 +21,11 @@ from spear_jax.quant import QuantTensor
 
 _FEW_ROWS = 16
 """Up to here a fused multiply and sum, which goes over the weights once with all cores, beats a matrix product: 0.57
-against 0.99 for 8 rows."""
+against 0.99 for 8 rows with AVX2, 0.23 against 0.32 with AVX-512.
+
+Tried for 8 rows with AVX-512 and not better: weights in bfloat16 widened in the sum (0.24), int8 codes as in `code_row`
+(0.37). Tiles of 64 rows, transposed, take 0.18, but a prompt's matrix product takes half as long again on them, and a
+second copy of the weights is 400 MB of the demo model."""
 
 _LANES = 32
 """Columns that `code_row` multiplies at a time: they share a scale, and fill some vector registers."""
@@ -44,8 +49,9 @@ def dense(x: Float[Array, "*B K"], weight: Float[Array, "N K"]) -> Float[Array, 
 def code_row(x: Float[Array, " K"], codes: Int8[Array, "N K"], scale: Float[Array, "N G"]) -> Float[Array, " N"]:
     """Compute x (scale * codes)^T in float32 for one row.
 
-    Bound by reading the weights, so a byte a weight beats four: 0.20 against 0.40 as a float32 product. Written as sums
-    of slices, lane by lane, because a `sum` over the columns becomes a library call that widens the codes in memory.
+    Bound by reading the weights, so a byte a weight beats four: with AVX2 0.20 against 0.40 as a float32 product.
+    Written as sums of slices, lane by lane, because a `sum` over the columns becomes a library call that widens the
+    codes in memory.
     """
     k, groups = codes.shape[1], scale.shape[1]
     out = jnp.zeros((), jnp.float32)
