@@ -94,8 +94,8 @@ def _sample_batch(
                 for whole, new in zip(cache, (k, v), strict=True)
             )
             seen = (jnp.arange(span) <= position) & (jnp.arange(span) > position - window)
-            past = (jnp.swapaxes(part[layer, :, :, :span], 1, 2) for part in (keys, values))
-            return masked_attention(q, *past, seen[None, None], scale=scale), (keys, values)
+            past_k, past_v = (jnp.swapaxes(part[layer, :, :, :span], 1, 2) for part in (keys, values))
+            return masked_attention(q, past_k, past_v, seen[None, None], scale=scale), (keys, values)
 
         positions = jnp.full((batch, 1), position, jnp.int32)
         hidden, caches = model(token[:, None], positions, attend=attend, cache=caches)
