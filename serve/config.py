@@ -15,12 +15,13 @@ class ServeConfig:
     served_model_name: str | None = None
     """The name clients ask for; by default the model's own. The source given as --model is taken as well."""
 
-    quantize: Literal["rtn", "none"] = "rtn"
-    """rtn: round the linear weights of every layer to symmetric int4 at load. none: serve them as loaded. The weights
-    of a checkpoint are int4 already."""
+    quantize: Literal["auto", "rtn", "none"] = "auto"
+    """rtn: round the linear weights of every layer to symmetric int4 at load. none: serve them as loaded. auto: rtn,
+    but for the demo model, whose calibrated scales and error compensators come with this package, unless a group size
+    is given. The weights of a checkpoint are int4 already."""
 
-    group_size: Literal[-1, 32, 64, 128] = 32
-    """Weights that share an int4 scale; -1 is a whole output channel. 32 is the most accurate."""
+    group_size: Literal[-1, 32, 64, 128] | None = None
+    """Weights that share an int4 scale with rtn; -1 is a whole output channel. By default 32, the most accurate."""
 
     embedding: Literal["keep", "int8"] = "keep"
     """Embedding and head: as loaded, or rounded to int8 with a scale a row, which halves what they take."""

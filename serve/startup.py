@@ -20,11 +20,13 @@ from serve.runner import Runner
 from serve.scheduler import SlotScheduler
 from spear_jax.models.decoder import Decoder, unstack
 from spear_jax.models.quantize import expand_model, expand_tables, quantize_model, quantize_tables, weight_bytes
+from spear_jax.models.source import DEMO
 from spear_jax.quant import QuantSpec, QuantTensor
 
 log = logging.getLogger(__name__)
 
 _DEFAULT_CONTEXT = 2048
+_GROUP_SIZE = 32
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -77,12 +79,13 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console) -> Eng
         ValueError, OSError: The model or the settings cannot be used.
     """
     from spear_jax.loading import load
+    from spear_jax.recovery import load_recovered
 
     with Phases(console) as phases:
         with phases.phase("load"):
-            loaded = load(config.model, dtype=config.dtype)
+            loaded = load_recovered(dtype=config.dtype) if recovers(config) else load(config.model, dtype=config.dtype)
         context = _context(config, loaded.config.max_position)
-        with phases.phase("quantize" if config.quantize == "rtn" else "prepare weights"):
+        with phases.phase("prepare weights" if config.quantize == "none" else "quantize"):
             model, description, dense = prepare(loaded.model, config)
             name, tokenizer, architecture = loaded.name, loaded.tokenizer, loaded.config
             del loaded
@@ -151,6 +154,11 @@ def _context(config: ServeConfig, max_position: int) -> int:
     return config.max_context
 
 
+def recovers(config: ServeConfig) -> bool:
+    """Say whether to serve the calibrated demo model that comes with the package."""
+    return config.model == DEMO and config.quantize == "auto" and config.group_size is None
+
+
 def prepare(model: Decoder, config: ServeConfig) -> tuple[Decoder, str, bool]:
     """Quantize and lay out the weights for serving; says what was done, and whether they are dense ones on a CPU."""
     cpu = jax.default_backend() == "cpu"
@@ -162,9 +170,9 @@ def prepare(model: Decoder, config: ServeConfig) -> tuple[Decoder, str, bool]:
         if model.compensators:
             added = sum(bank.nbytes for bank in model.compensators.values())
             description += f" with error compensators of {added / 2**20:.1f} MiB"
-    elif config.quantize == "rtn":
-        spec = QuantSpec(group_size=config.group_size)
-        groups = "a channel" if config.group_size == -1 else f"groups of {config.group_size}"
+    elif config.quantize != "none":
+        spec = QuantSpec(group_size=_GROUP_SIZE if config.group_size is None else config.group_size)
+        groups = "a channel" if spec.group_size == -1 else f"groups of {spec.group_size}"
         description = f"int4 weights rounded to nearest, symmetric, {groups}"
         model, int4 = quantize_model(model, spec), True
     if config.embedding == "int8":

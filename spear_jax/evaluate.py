@@ -21,7 +21,7 @@ from spear_jax.versions import package_versions
 
 if TYPE_CHECKING:
     from spear_jax.evaluation.scoring import ReportProgress
-    from spear_jax.models import LoadedModel
+    from spear_jax.models import DType, LoadedModel
     from spear_jax.models.decoder import Decoder
 
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
@@ -43,7 +43,8 @@ class EvaluateConfig:
     """`demo` (SmolLM2-135M-Instruct), a Hugging Face directory, a GGUF file, a hub id `org/name`, or a checkpoint."""
 
     checkpoint: Path | None = None
-    """Measure what a calibration wrote: its output directory, or the checkpoint in it. Takes the place of --model."""
+    """Measure what a calibration wrote: its output directory, or the checkpoint in it; `demo` for the demo model as it
+    is served by default. Takes the place of --model."""
 
     compare: bool = False
     """Measure the reference, RTN, the W4 base, static and gated compensators as well, as far as they are at hand."""
@@ -136,7 +137,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     import jax
 
     from spear_jax import loading
-    from spear_jax.checkpoint import load_checkpoint
     from spear_jax.evaluation import load_examples
     from spear_jax.evaluation.comparison import Overhead, add_recovery, compare, variants
     from spear_jax.evaluation.tasks import find_task
@@ -149,11 +149,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     text = _read_text(config) if config.text is not None or not config.task_names else None
     examples = {name: load_examples(name, tasks_dir=config.tasks_dir, limit=config.limit) for name in config.task_names}
 
-    checkpoint = None if config.checkpoint is None else _checkpoint(config.checkpoint)
-    if checkpoint is None:
+    path, details = None, {}
+    if config.checkpoint is None:
         loaded = loading.load(config.model, dtype=config.dtype)
     else:
-        loaded = load_checkpoint(checkpoint, dtype=config.dtype)
+        loaded, path, details = _calibrated(config.checkpoint, config.dtype)
     bos_id = _bos_id(config, loaded)
     length = config.window + (bos_id is not None)
     if text is not None and length > loaded.config.max_position:
@@ -170,8 +170,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if stored.compensators:
         result |= Overhead.of(stored).as_json()
     if config.compare:
-        assert checkpoint is not None
-        arms, notes = variants(checkpoint, loaded, dtype=config.dtype, load_source=loading.load)
+        arms, notes = variants(details, loaded, path=path, dtype=config.dtype, load_source=loading.load)
         result["arms"] = dict(compare(arms, meter.measure))
         result["notes"] = notes
         add_recovery(result["arms"])
@@ -264,15 +263,21 @@ class _Meter:
         return {key: arm[key] for key in keys if key in arm}
 
 
-def _checkpoint(path: Path) -> Path:
+def _calibrated(path: Path, dtype: "DType") -> "tuple[LoadedModel, Path | None, dict[str, Any]]":
+    """Load a checkpoint; give its model, the path that was found, and what it says of itself."""
     from spear_jax import loading
+    from spear_jax.checkpoint import inspect_checkpoint, load_checkpoint
+    from spear_jax.models.source import DEMO
+    from spear_jax.recovery import load_recovered, recovery_details
 
     found = loading.find_checkpoint(path)
+    if found is None and str(path) == DEMO:
+        return load_recovered(dtype=dtype), None, recovery_details()
     if found is None and not path.exists():
-        hint = ": make one with `python -m spear_jax.calibrate`" if str(path) == "demo" else ""
-        raise FileNotFoundError(f"--checkpoint {path}: no such checkpoint{hint}")
+        raise FileNotFoundError(f"--checkpoint {path}: no such checkpoint")
     # What is no checkpoint is refused by its loader, which says why.
-    return found or path
+    place = found or path
+    return load_checkpoint(place, dtype=dtype), place, inspect_checkpoint(place)[0].details
 
 
 def _read_text(config: EvaluateConfig) -> str:

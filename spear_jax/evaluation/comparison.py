@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import jax
 
-from spear_jax.checkpoint import component_bytes, inspect_checkpoint, is_checkpoint, load_checkpoint
+from spear_jax.checkpoint import component_bytes, is_checkpoint, load_checkpoint
 from spear_jax.models import DType, LoadedModel
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.quantize import quantize_model
@@ -67,22 +67,25 @@ def is_gated(model: Decoder) -> bool:
 
 
 def variants(
-    path: Path, calibrated: LoadedModel, *, dtype: DType, load_source: Callable[..., LoadedModel]
+    details: dict[str, Any],
+    calibrated: LoadedModel,
+    *,
+    path: Path | None,
+    dtype: DType,
+    load_source: Callable[..., LoadedModel],
 ) -> tuple[list[Variant], list[str]]:
-    """Give the arms that a checkpoint can be compared with, and why others are left out, a sentence each.
+    """Give the arms that a calibrated model can be compared with, and why others are left out, a sentence each.
 
-    The checkpoint names its reference; a static twin of a gated one lies where its metadata say.
+    `details` name its reference, and where, from the checkpoint's `path`, the static twin of a gated one lies.
     """
-    info, _ = inspect_checkpoint(path)
-    details, model = info.details, calibrated.model
+    model = calibrated.model
     arms, notes = [], []
     source = details.get("reference")
     if source is None:
         notes.append("reference and rtn are left out: the checkpoint does not name the model it was made from")
     else:
-        layout = next(iter(info.linears.values()))
         weight = model.layers.qkv.weight  # type: ignore[union-attr]
-        spec = QuantSpec(group_size=weight.group_size, symmetric=not layout.asymmetric)
+        spec = QuantSpec(group_size=weight.group_size, symmetric=weight.zero is None)
 
         def reference() -> Decoder:
             return load_source(source, dtype=dtype).model
@@ -105,10 +108,9 @@ def variants(
         arms.append(Variant(name="static", label="W4 + static EC", load=lambda: model))
         return arms, notes
     twin = details.get("static")
-    if twin is not None and is_checkpoint(path / twin):
-        static = Variant(
-            name="static", label="W4 + static EC", load=lambda: load_checkpoint(path / twin, dtype=dtype).model
-        )
+    if path is not None and twin is not None and is_checkpoint(path / twin):
+        place = path / twin
+        static = Variant(name="static", label="W4 + static EC", load=lambda: load_checkpoint(place, dtype=dtype).model)
         arms.append(static)
     else:
         notes.append("static is left out: no static compensators of equal bytes were trained (calibrate --static-too)")

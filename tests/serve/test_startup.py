@@ -60,7 +60,7 @@ def test_however_a_model_is_laid_out_it_computes_the_same(source: str, weights: 
     settings = ServeConfig(quantize="none" if "not" in source else "rtn", weights=weights, embedding=embedding)
     expected = model = compensated_model() if source == "checkpoint" else model
     if source == "dense":
-        expected = quantize_model(model, QuantSpec(group_size=settings.group_size))
+        expected = quantize_model(model, QuantSpec(group_size=32))
     if embedding == "int8":
         expected = quantize_tables(expected)
     laid_out, description, dense = prepare(model, settings)
