@@ -20,7 +20,7 @@ from pallas_kernels.int4_matmul import Gate
 from serve.bench import BenchConfig, bench
 from serve.config import ServeConfig
 from serve.cpu import cpu_logits
-from serve.startup import Phases, prepare
+from serve.startup import Phases, prepare, recovers
 from spear_jax.checkpoint import load_checkpoint, save_checkpoint
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.quantize import quantize_model, quantize_tables
@@ -67,6 +67,20 @@ def test_however_a_model_is_laid_out_it_computes_the_same(source: str, weights: 
     assert ("int4" in description) == ("not" not in source)
     assert ("error compensators" in description) == (source == "checkpoint")
     assert_close(logits(laid_out, cpu_logits if dense else Decoder.logits), logits(expected), relative=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, True),
+        ({"model": "org/name"}, False),
+        ({"quantize": "rtn"}, False),
+        ({"quantize": "none"}, False),
+        ({"group_size": 32}, False),
+    ],
+)
+def test_only_the_demo_by_default_is_served_as_recovered(settings: dict[str, Any], expected: bool) -> None:
+    assert recovers(ServeConfig(**settings)) is expected
 
 
 def test_a_start_shows_what_is_being_compiled_and_logs_each_phase(caplog: pytest.LogCaptureFixture) -> None:

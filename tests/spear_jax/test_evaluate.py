@@ -146,9 +146,16 @@ def test_default_text_is_wikitext_from_the_hub(tiny, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("flags", "expected", "tolerance"), [("", 26.98, 0.01), ("--quantize rtn", 60.26, 0.015)])
+@pytest.mark.parametrize(
+    ("flags", "expected", "tolerance"),
+    [("", 26.98, 0.01), ("--quantize rtn", 60.26, 0.015), ("--checkpoint demo", 29.597, 0.002)],
+)
 def test_demo_model_gives_the_independently_measured_perplexity(flags, expected, tolerance):
-    """Six windows of 1,024 tokens without BOS, symmetric per channel; measured with an independent PyTorch code."""
+    """Six windows of 1,024 tokens without BOS, symmetric per channel.
+
+    The first two were measured with an independent PyTorch code. The last is the calibrated model that is served by
+    default, as it was when its parameters were packaged: 92.2% of the gap.
+    """
     text = shared_data("text/wikitext2_test.txt")
     arguments = f"--text {text} --max-windows 6 --no-bos {flags}".split()
     done = subprocess.run(
