@@ -130,7 +130,7 @@ class CalibrateConfig:
     batch_size: int = 16
     """Sequences in a step."""
 
-    factor_rate: float = 3e-2
+    factor_rate: float = 5e-2
     """Peak learning rate of compensator factors, as a fraction of their size."""
 
     gate_rate: float = 1e-2
@@ -281,6 +281,7 @@ QUICK: dict[str, Any] = {
     "joint": ("scales", "norms"),
     "steps": 28,
     "batch_size": 4,
+    "factor_rate": 3e-2,
     "held_out": 0.09,
     "save_every": 4,
     "eval_windows": 6,
