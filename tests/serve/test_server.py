@@ -79,6 +79,7 @@ def test_models_and_health(client: openai.OpenAI, server: Any) -> None:
     names = [model.id for model in client.models.list()]
     assert names == ["SmolLM2-135M-Instruct", "demo"]
     assert client.models.retrieve("demo").id == "demo"
+    assert server.wait_for_log("int4 weights as stored with error compensators of 1.1 MiB", seconds=1)
 
 
 def test_an_answer_is_right_and_streams_the_same(client: openai.OpenAI) -> None:
