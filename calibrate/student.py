@@ -12,15 +12,13 @@ from jaxtyping import Array, Float, Int8
 from calibrate.initialize import LowRank, whitened_svd
 from calibrate.solvers.grid import CODE_MAX, CODE_MIN, HIGHEST
 from pallas_kernels.int4_matmul import Compensator, Gate, gated_coordinates
-from spear_jax.models.decoder import MODULES, Decoder
+from spear_jax.models.decoder import MODULES, NORMS, Decoder
 from spear_jax.nn.linear import Linear, RMSNorm
 from spear_jax.quant import CompensatorBank, QuantTensor
 
 type Params = dict[str, Any]
 """Trainable parameters by group: "factors", "gates", "scales", "ranges", "norms", "codes"."""
 type GateForm = Literal["static", "published", "linear", "shift"]
-
-NORMS = ("input_norm", "mlp_norm", "q_norm", "k_norm", "attn_out_norm", "mlp_out_norm")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

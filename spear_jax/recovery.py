@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from spear_jax import models
 from spear_jax.models import DType, LoadedModel
-from spear_jax.models.decoder import MODULES, Decoder
+from spear_jax.models.decoder import MODULES, NORMS, Decoder
 from spear_jax.models.quantize import cast_model
 from spear_jax.models.source import DEMO
 from spear_jax.nn.linear import Linear, RMSNorm
@@ -28,7 +28,6 @@ from spear_jax.quant import CompensatorBank, QuantTensor
 DEMO_FILE = Path(__file__).parent / "recovered" / "smollm2-135m-instruct.npz"
 """The demo model's; `calibrate/recover.py` writes it."""
 
-_NORMS = ("input_norm", "mlp_norm", "q_norm", "k_norm", "attn_out_norm", "mlp_out_norm")
 _FACTORS = ("a", "a_scale", "bt", "bt_scale")
 
 
@@ -91,7 +90,7 @@ def with_parameters(exact: Decoder, arrays: dict[str, np.ndarray]) -> Decoder:
         weight = round_to_scales(linear.weight[...], scale)
         setattr(layers, name, Linear(weight, None if linear.bias is None else linear.bias[...]))
     model = exact.replace(layers=layers, compensators=nnx.Dict())
-    for name in (*_NORMS, "final_norm"):
+    for name in (*NORMS, "final_norm"):
         if name in arrays:
             owner: Any = model if name == "final_norm" else model.layers
             setattr(owner, name, RMSNorm(jnp.asarray(arrays[name]), eps=getattr(owner, name).eps))
@@ -112,7 +111,7 @@ def write_recovery(path: Path, model: Decoder, details: dict[str, Any]) -> None:
     arrays: dict[str, Any] = {}
     for name in MODULES:
         arrays[f"{name}.scale"] = getattr(model.layers, name).weight.scale
-    for name in (*_NORMS, "final_norm"):
+    for name in (*NORMS, "final_norm"):
         norm = getattr(model if name == "final_norm" else model.layers, name)
         if norm is not None:
             arrays[name] = norm.weight[...]

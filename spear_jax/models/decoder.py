@@ -22,6 +22,9 @@ from spear_jax.quant.rows import Int8Rows
 MODULES = ("qkv", "o", "gate_up", "down")
 """The linears of a layer that are quantized; q, k, v are one product and so are gate, up: they share their input."""
 
+NORMS = ("input_norm", "mlp_norm", "q_norm", "k_norm", "attn_out_norm", "mlp_out_norm")
+"""The norms of a layer; a family that lacks one has None there."""
+
 type Tap = Callable[[str, Array], None]
 type Ropes = tuple[Float[Array, "2 B T H/2"], Float[Array, "2 B T H/2"]]
 
