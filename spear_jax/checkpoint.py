@@ -21,7 +21,7 @@ from jaxtyping import Array
 from pallas_kernels.int4_matmul import Gate
 from spear_jax.atomic import MANIFEST, verify_manifest, writing_directory
 from spear_jax.config import ModelConfig, parse_mapping
-from spear_jax.models import LoadedModel
+from spear_jax.models import DType, LoadedModel, activation_dtype
 from spear_jax.models.decoder import MODULES, Decoder, Layer, weight_shapes
 from spear_jax.nn.linear import Linear
 from spear_jax.quant import CompensatorBank, Int8Rows, QuantTensor
@@ -132,7 +132,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: str | Path,
     *,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    dtype: DType = "auto",
     shardings: ShardingOf | None = None,
 ) -> LoadedModel:
     """Read a checkpoint into a model whose activations are `dtype` (auto: float32 on a CPU, bfloat16 elsewhere).
@@ -146,9 +146,7 @@ def load_checkpoint(
     """
     from orbax.checkpoint import v1 as ocp
 
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype {dtype!r}: expected auto, float32, bfloat16 or float16")
-    chosen = jnp.dtype(("float32" if jax.default_backend() == "cpu" else "bfloat16") if dtype == "auto" else dtype)
+    chosen = activation_dtype(dtype)
     info, stored = _read(Path(path))
     verify_manifest(Path(path), contents=True)
     skeleton = _skeleton(info, source=str(path))

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from spear_jax import models
-from spear_jax.models import DType, LoadedModel
+from spear_jax.models import DType, LoadedModel, activation_dtype
 from spear_jax.models.decoder import MODULES, NORMS, Decoder
 from spear_jax.models.quantize import cast_model
 from spear_jax.models.source import DEMO
@@ -40,9 +40,7 @@ def load_recovered(source: str = DEMO, path: Path = DEMO_FILE, *, dtype: DType =
     """
     loaded = models.load(source, dtype="float32")
     model = recover(loaded.model, path)
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return dataclasses.replace(loaded, model=cast_model(model, jnp.dtype(dtype)))
+    return dataclasses.replace(loaded, model=cast_model(model, activation_dtype(dtype)))
 
 
 def recovery_details(path: Path = DEMO_FILE) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from spear_jax.tokenizer import end_token_ids, tokenizer_from_directory, tokeniz
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["LoadedModel", "load"]
+__all__ = ["DType", "LoadedModel", "activation_dtype", "load"]
 
 type DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -41,7 +41,7 @@ def load(source: str, *, dtype: DType = "auto") -> LoadedModel:
         FileNotFoundError: A file is missing.
         ValueError: The files are damaged, or of an architecture or type that is not supported.
     """
-    target = _dtype(dtype)
+    target = activation_dtype(dtype)
     found = resolve(source)
     # The import of transformers and the reading of weights take a second or two each and do not wait for each other.
     with ThreadPoolExecutor(max_workers=1) as pool:
@@ -61,7 +61,12 @@ def load(source: str, *, dtype: DType = "auto") -> LoadedModel:
     return LoadedModel(model=model, config=config, tokenizer=tokenizer, name=found.name)
 
 
-def _dtype(name: DType) -> Any:
+def activation_dtype(name: DType) -> Any:
+    """Give the type that a name stands for: `auto` is float32 on a CPU and bfloat16 elsewhere.
+
+    Raises:
+        ValueError: There is no such type of activations.
+    """
     if name == "auto":
         return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if name not in ("float32", "bfloat16", "float16"):
