@@ -79,16 +79,14 @@ def make_plan(config: CalibrateConfig, model: ModelConfig, *, eval_tokens: int, 
         stages.append((name, operations / (0.6 * speed) + compile_seconds, what))
 
     sampled = 1 - config.text_share if config.text else 1.0
-    source = " and ".join(
-        part
-        for part in (", ".join(config.text) if config.text_share else "", "the model itself" if sampled else "")
-        if part
-    )
+    sources = [", ".join(config.text)] if sampled < 1 else []
+    if sampled:
+        sources.append("the model itself")
     add("load", 0, config.model, compile_seconds=5)
     add(
         "text",
         2 * sampled * tokens * (forward + head),
-        f"{config.sequences} x {config.length} tokens, from {source}",
+        f"{config.sequences} x {config.length} tokens, from {' and '.join(sources)}",
     )
     grid = "per channel" if config.group_size == -1 else f"groups of {config.group_size}"
     add(

@@ -6,7 +6,6 @@ python -m calibrate.recover --params saves/ranges-ec.npz --details quantizer=cli
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +15,7 @@ from spear_jax.cli import parse_flags, run_main
 from spear_jax.models.decoder import MODULES, Decoder
 from spear_jax.models.source import DEMO
 from spear_jax.quant import CompensatorBank
-from spear_jax.recovery import with_parameters, write_recovery
+from spear_jax.recovery import FACTORS, with_parameters, write_recovery
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,8 +55,7 @@ def recovery_arrays(exact: Decoder, saved: dict[str, np.ndarray]) -> dict[str, n
         if f"factors.{name}.a" in saved:
             factors = (jnp.asarray(saved[f"factors.{name}.{part}"]) for part in ("a", "bt"))
             bank = CompensatorBank(tuple(saved[f"ranks.{name}"].tolist()), *factors).to_int8()
-            parts: dict[str, Any] = {"a": bank.a, "a_scale": bank.a_scale, "bt": bank.bt, "bt_scale": bank.bt_scale}
-            arrays |= {f"{name}.{part}": np.asarray(value[...]) for part, value in parts.items()}
+            arrays |= {f"{name}.{part}": np.asarray(getattr(bank, part)[...]) for part in FACTORS}
             arrays[f"{name}.ranks"] = saved[f"ranks.{name}"]
     return arrays
 

@@ -28,7 +28,8 @@ from spear_jax.quant import CompensatorBank, QuantTensor
 DEMO_FILE = Path(__file__).parent / "recovered" / "smollm2-135m-instruct.npz"
 """The demo model's; `calibrate/recover.py` writes it."""
 
-_FACTORS = ("a", "a_scale", "bt", "bt_scale")
+FACTORS = ("a", "a_scale", "bt", "bt_scale")
+"""Arrays of a compensator bank that a recovery holds, named `MODULE.ARRAY`, beside `MODULE.ranks`."""
 
 
 def load_recovered(source: str = DEMO, path: Path = DEMO_FILE, *, dtype: DType = "auto") -> LoadedModel:
@@ -94,7 +95,7 @@ def with_parameters(exact: Decoder, arrays: dict[str, np.ndarray]) -> Decoder:
             setattr(owner, name, RMSNorm(jnp.asarray(arrays[name]), eps=getattr(owner, name).eps))
     for name in MODULES:
         if f"{name}.ranks" in arrays:
-            a, a_scale, bt, bt_scale = (jnp.asarray(arrays[f"{name}.{part}"]) for part in _FACTORS)
+            a, a_scale, bt, bt_scale = (jnp.asarray(arrays[f"{name}.{part}"]) for part in FACTORS)
             ranks = tuple(arrays[f"{name}.ranks"].tolist())
             model.compensators[name] = CompensatorBank(ranks, a, bt, a_scale=a_scale, bt_scale=bt_scale)
     return model
@@ -117,7 +118,7 @@ def write_recovery(path: Path, model: Decoder, details: dict[str, Any]) -> None:
         if bank.gate is not None or bank.a_scale is None:
             raise ValueError(f"{name}: a recovery holds static compensators in int8 only")
         arrays[f"{name}.ranks"] = np.asarray(bank.ranks, np.int32)
-        arrays |= {f"{name}.{part}": getattr(bank, part)[...] for part in _FACTORS}
+        arrays |= {f"{name}.{part}": getattr(bank, part)[...] for part in FACTORS}
     details = details | {"codes_sha256": hash_of_codes(model)}
     arrays["details"] = np.asarray(json.dumps(details))
     path.parent.mkdir(parents=True, exist_ok=True)
