@@ -23,6 +23,7 @@ from calibrate.quantizers import Base, Quantizer, float_weight, quantize_base, w
 from calibrate.student import GateConfig, Params, Student, initial_compensators, zero_byte_params
 from calibrate.train import CurvePoint, TrainConfig, Trainer, TrainingDiverged, TrainState, dense_weights
 from spear_jax.cli import parse_flags, run_main
+from spear_jax.evaluation import load_examples, perplexity, run_task
 from spear_jax.models.decoder import MODULES, Decoder
 from spear_jax.models.quantize import cast_model, expand_model, weight_bytes
 from spear_jax.quant import QuantSpec
@@ -204,6 +205,15 @@ class AblateConfig:
     layers: int = 0
     """Keep the first layers of the model only, for a trial; 0 keeps all."""
 
+    tasks: tuple[str, ...] = ()
+    """Zero-shot tasks to measure: lambada, hellaswag, arc_easy, piqa, winogrande."""
+
+    tasks_dir: Path | None = None
+    """Folder with the tasks' files. Without it: from the dataset hub."""
+
+    task_limit: int | None = None
+    """Score the first examples of each task only."""
+
     group_size: int = -1
     """Columns that share a scale; -1: one scale a row."""
 
@@ -240,6 +250,9 @@ class Workbench:
             self.reference = cast_model(exact, dtype)
         self.spec = QuantSpec(group_size=config.group_size, symmetric=not config.asymmetric)
         self.texts = {path.name: self._encode(path.read_text(encoding="utf-8")) for path in config.text}
+        self.examples = {
+            name: load_examples(name, tasks_dir=config.tasks_dir, limit=config.task_limit) for name in config.tasks
+        }
         with self.timed("calibration text"):
             self.tokens, self.is_sampled = self._calibration_tokens()
         self.attend = choose_attend(self.reference, self.tokens.shape[1])
@@ -254,6 +267,7 @@ class Workbench:
             )
         with self.timed("reference perplexity"):
             self.reference_scores = self.scores(self.reference)
+        self.reference_accuracies = self.accuracies(self.reference)
         self._bases: dict[Any, tuple[Base, dict[str, Any]]] = {}
         self._damage: dict[Any, np.ndarray] = {}
         self._low_ranks: dict[Any, dict[str, LowRank]] = {}
@@ -297,8 +311,6 @@ class Workbench:
 
     def scores(self, model: Decoder) -> dict[str, float]:
         """Measure the perplexity of a model on every text."""
-        from spear_jax.evaluation import perplexity
-
         config = self.config
         bos = loaded_bos(self.loaded) if config.bos else None
         dense = expand_model(model, self.reference.dtype)
@@ -314,6 +326,25 @@ class Workbench:
             for name, tokens in self.texts.items()
         }
 
+    def accuracies(self, model: Decoder) -> dict[str, float]:
+        """Measure the accuracy of a model on every task."""
+        if not self.examples:
+            return {}
+        dense, found = expand_model(model, self.reference.dtype), {}
+        with self.timed("tasks"):
+            for task, examples in self.examples.items():
+                scored = run_task(
+                    dense,
+                    self.loaded.tokenizer,
+                    task,
+                    examples,
+                    max_length=self.exact.config.max_position,
+                    bos_id=loaded_bos(self.loaded) if self.config.bos else None,
+                    batch_tokens=1024 * self.config.batch_size,
+                )
+                found[task] = scored.metrics["acc"]
+        return found
+
     def base(self, arm: Arm) -> tuple[Base, dict[str, Any]]:
         """Give the base of an arm, with what it scores: quantized, then trained without added bytes."""
         key: Any = (arm.base, self.spec)
@@ -322,7 +353,7 @@ class Workbench:
                 base = quantize_base(self.exact, quantizer=arm.base, spec=self.spec, moments=self.moments)
                 base = dataclasses.replace(base, model=cast_model(base.model, self.reference.dtype))
                 jax.block_until_ready(base.model)
-            self._bases[key] = base, {"perplexity": self.scores(base.model)}
+            self._bases[key] = base, {"perplexity": self.scores(base.model), "tasks": self.accuracies(base.model)}
         if not arm.zero:
             return self._bases[key]
         zero_key = (key, arm.zero, arm.zero_train, arm.pool)
@@ -332,7 +363,10 @@ class Workbench:
             params = zero_byte_params(base.model, base.exact, tuple(arm.zero.split("+")))
             params, curve = self.train(base, student, params, arm.zero_train, arm.pool, label=f"{arm.base} {arm.zero}")
             base = dataclasses.replace(base, model=student.finish(base.model, params, exact=base.exact))
-            self._bases[zero_key] = base, {"perplexity": self.scores(base.model), "curve": curve}
+            self._bases[zero_key] = (
+                base,
+                {"perplexity": self.scores(base.model), "tasks": self.accuracies(base.model), "curve": curve},
+            )
         return self._bases[zero_key]
 
     def _pool(self, name: str) -> tuple[np.ndarray, jax.Array]:
@@ -383,13 +417,13 @@ class Workbench:
         begin = time.perf_counter()
         base, base_result = self.base(arm)
         plain = self._bases[(arm.base, self.spec)][1]["perplexity"]
-        rtn = self.base(Arm())[1]["perplexity"]
+        rtn = self.base(Arm())[1]
         w4_bytes = weight_bytes(base.model)
         result: dict[str, Any] = {
             "arm": dataclasses.asdict(arm),
             "w4_bytes": w4_bytes,
             "reference": self.reference_scores,
-            "rtn": rtn,
+            "rtn": rtn["perplexity"],
             "quantized": plain,
             "base": base_result["perplexity"],
         }
@@ -399,9 +433,13 @@ class Workbench:
             model, details = self._compensate(arm, base, w4_bytes)
             result |= details
             result["perplexity"] = self.scores(model)
+            tasks = self.accuracies(model)
         else:
             result["perplexity"] = base_result["perplexity"]
-        result["recovered_of_rtn"] = self._recovered(result["perplexity"], rtn)
+            tasks = base_result["tasks"]
+        if tasks:
+            result["tasks"] = {"reference": self.reference_accuracies, "rtn": rtn["tasks"], "arm": tasks}
+        result["recovered_of_rtn"] = self._recovered(result["perplexity"], rtn["perplexity"])
         result["recovered_of_base"] = self._recovered(result["perplexity"], base_result["perplexity"])
         result["seconds"] = time.perf_counter() - begin
         return result
