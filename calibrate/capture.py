@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
@@ -131,13 +131,9 @@ def second_moments(
     tokens: Int[np.ndarray, "S T"],
     *,
     batch_size: int = 8,
-    quantize: Callable[[int, Layer, dict[str, Array]], Layer] | None = None,
     attend: Attend = causal_attend,
 ) -> Moments:
     """Measure `R = E[x x^T]` of the input of each linear in each layer, float32.
-
-    Inputs are those of `model` itself; or, with `quantize(index, layer, moments)`, those behind the layers before,
-    each as `quantize` returned it (the sequential form of GPTQ).
 
     Raises:
         ValueError: A moment is not finite: says the layer and the module.
@@ -153,14 +149,10 @@ def second_moments(
         for i, x in enumerate(hidden):
             x, moments = _measure_layer(layer, x, ropes, limit, attend=attend)
             sums = {name: sums[name] + m if sums else m for name, m in moments.items()}
-            if quantize is None:
-                hidden[i] = x
+            hidden[i] = x
         means = {name: total / count for name, total in sums.items()}
         for name, mean in means.items():
             if not bool(jnp.all(jnp.isfinite(mean))):
                 raise ValueError(f"layer {index}, {name}: inputs on the calibration text are not finite")
             stacked.setdefault(name, []).append(mean)
-        if quantize is not None:
-            layer = quantize(index, layer, means)
-            hidden = [run_layer(layer, x, ropes, limit, attend=attend) for x in hidden]
     return {name: jnp.stack(parts) for name, parts in stacked.items()}

@@ -121,6 +121,10 @@ class CalibrateConfig:
     zero_steps: int = 400
     """Steps of that."""
 
+    local_steps: int = 0
+    """Steps of training each compensator against the error of its own module, after the whitened SVD and before the
+    rest; worth nothing measurable (calibrate/README.md)."""
+
     joint: tuple[ZeroByteGroup, ...] = ()
     """What is trained along with the compensators, at no cost in bytes."""
 
@@ -156,6 +160,9 @@ class CalibrateConfig:
 
     save_every: int = 50
     """Steps between evaluations on held-out text; the state of training is saved at each."""
+
+    patience: int = 4
+    """Training stops when so many evaluations in a row are no better; the best parameters are kept. 0: never."""
 
     eval_text: tuple[Path, ...] = ()
     """Text files to measure perplexity on, the main one first. Default: WikiText-2 test, if the hub can be reached."""
@@ -194,7 +201,7 @@ class CalibrateConfig:
             raise ValueError("symmetric and asymmetric exclude each other")
         self._check_import()
         lowest = {"sequences": 2, "length": 8, "moment_sequences": 1, "eval_window": 2}
-        lowest |= dict.fromkeys(("damage_sequences", "prompt_length"), 0)
+        lowest |= dict.fromkeys(("damage_sequences", "prompt_length", "local_steps"), 0)
         positive = ("max_rank", "zero_steps", "steps", "batch_size", "save_every", "eval_windows", "task_limit")
         for name, low in (lowest | dict.fromkeys(positive, 1)).items():
             if (value := getattr(self, name)) is not None and value < low:
@@ -238,20 +245,8 @@ class CalibrateConfig:
     @property
     def train_config(self) -> TrainConfig:
         """How compensators are trained."""
-        return TrainConfig(
-            steps=self.steps,
-            batch_size=self.batch_size,
-            factor_rate=self.factor_rate,
-            gate_rate=self.gate_rate,
-            scale_rate=self.scale_rate,
-            norm_rate=self.norm_rate,
-            code_rate=self.code_rate,
-            hidden_weight=self.hidden_weight,
-            ema=self.ema,
-            held_out=self.held_out,
-            evaluate_every=self.save_every,
-            seed=self.seed,
-        )
+        shared = {field.name for field in dataclasses.fields(self)}.intersection(TrainConfig.__dataclass_fields__)
+        return TrainConfig(evaluate_every=self.save_every, **{name: getattr(self, name) for name in shared})
 
     @property
     def zero_config(self) -> TrainConfig:

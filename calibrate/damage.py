@@ -13,9 +13,9 @@ from calibrate.diagnose import CkaMoments, Diagnosis, diagnose
 from calibrate.initialize import LowRank, whitened_svd
 from calibrate.placement import Candidate, Placement, place_by_gain, place_randomly, place_uniformly
 from calibrate.student import GateConfig, factor_bytes
-from spear_jax.models.decoder import MODULES, Decoder, Layer
+from calibrate.weights import with_weights
+from spear_jax.models.decoder import MODULES, Decoder
 from spear_jax.nn.attention import Attend, causal_attend
-from spear_jax.nn.linear import Linear
 
 type Strategy = Literal["cka", "gain", "uniform", "random"]
 """How ranks are placed: by marginal gain in the modules that the entropy of CKA damage covers, by marginal gain in all,
@@ -54,20 +54,13 @@ def module_damage(
         last = reference.final_norm(states[-1])
         for i, layer in enumerate(layers):
             for column, name in enumerate(MODULES):
-                x = run_layer(_swapped(layer, name, dense[name][i]), states[i], ropes, windows[i], attend=attend)
+                x = run_layer(with_weights(layer, {name: dense[name][i]}), states[i], ropes, windows[i], attend=attend)
                 for j in range(i + 1, config.num_layers):
                     x = run_layer(layers[j], x, ropes, windows[j], attend=attend)
                 table[i][column] = _add(table[i][column], last, reference.final_norm(x))
             if progress:
                 progress(number * len(layers) + i + 1, len(batches) * len(layers))
     return np.asarray([[moments.damage() for moments in row] for row in table])
-
-
-def _swapped(layer: Layer, name: str, weight: Array) -> Layer:
-    layer = jax.tree.map(lambda leaf: leaf, layer)
-    linear: Linear = getattr(layer, name)
-    setattr(layer, name, Linear(weight, None if linear.bias is None else linear.bias[...]))
-    return layer
 
 
 def choose_ranks(

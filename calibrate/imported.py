@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from calibrate.capture import Moments
 from calibrate.config import CalibrateConfig
-from calibrate.quantizers import float_weight
+from calibrate.weights import float_weights, int4_weight
 from spear_jax import models
 from spear_jax.models.decoder import MODULES, Decoder
 from spear_jax.models.hf import read_int4_format
@@ -90,8 +90,8 @@ def align(exact: Decoder, base: Decoder, *, source: str) -> Aligned:
         ValueError: A weight of the base is no rounding of the reference's.
     """
     config, layers = exact.config, jax.tree.map(lambda leaf: leaf, exact.layers)
-    weights = {name: float_weight(getattr(exact.layers, name)).astype(jnp.float32) for name in MODULES}
-    stored: dict[str, Array] = {name: getattr(base.layers, name).weight.dequantize() for name in MODULES}
+    weights = float_weights(exact)
+    stored: dict[str, Array] = {name: int4_weight(base, name).dequantize() for name in MODULES}
     channels: dict[str, Array] = {}
     for norm_name, name in (("input_norm", "qkv"), ("mlp_norm", "gate_up")):
         norm: RMSNorm = getattr(base.layers, norm_name)

@@ -16,39 +16,29 @@ def stage_keys(c: CalibrateConfig, *paths: Path, dtype: str) -> dict[str, Key]:
 
     `paths` are the files or directories of the model and of its reference, `dtype` the type of activations.
     """
-    files = [file for path in paths for file in _files(path)]
-    stamps = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.exists()]
+
+    def pick(*names: str) -> dict[str, Any]:
+        return {name: getattr(c, name) for name in names}
+
+    grid = pick("group_size", "asymmetric")
+    files = [[file.name, *file_stamp(file)] for path in paths for file in _files(path)]
+    keys = {"load": Key.first(files=files, dtype=dtype)}
     texts = [[name, *file_stamp(Path(name))] for name in c.text]
-    keys = {"load": Key.first(files=stamps, dtype=dtype)}
-    keys["text"] = keys["load"].then(
-        texts=texts,
-        sequences=c.sequences,
-        length=c.length,
-        text_share=c.text_share,
-        prompt_length=c.prompt_length,
-        bos_share=c.bos_share,
-        seed=c.seed,
-    )
-    keys["rtn"] = keys["load"].then(group_size=c.group_size, asymmetric=c.asymmetric)
-    keys["quantize"] = keys["text"].then(
-        quantizer=c.quantizer,
-        group_size=c.group_size,
-        asymmetric=c.asymmetric,
-        moment_sequences=c.moment_sequences,
-    )
+    settings = pick("sequences", "length", "text_share", "prompt_length", "bos_share", "seed")
+    keys["text"] = keys["load"].then(texts=texts, **settings)
+    keys["rtn"] = keys["load"].then(**grid)
+    keys["quantize"] = keys["text"].then(**grid, **pick("quantizer", "moment_sequences"))
     keys["zero-byte"] = keys["quantize"]
     if c.zero_byte:
         keys["zero-byte"] = keys["quantize"].then(groups=c.zero_byte, train=_relevant(c.zero_config, c.zero_byte))
-    keys["damage"] = keys["zero-byte"].then(sequences=c.damage_sequences)
-    placement = {"placement": c.placement, "flatten": c.flatten, "max_rank": c.max_rank, "budget": c.budget}
-    gate = dataclasses.asdict(c.gate_config)
-    groups = ("factors", *(() if c.gate == "static" else ("gates",)), *c.joint)
-    train = _relevant(c.train_config, groups)
-    keys["initial"] = keys["damage"].then(gate=gate, joint=c.joint, seed=c.seed, **placement)
-    keys["train"] = keys["initial"].then(train=train)
-    static = dataclasses.asdict(GateConfig(form="static"))
-    keys["static initial"] = keys["damage"].then(gate=static, joint=c.joint, seed=c.seed, **placement)
-    keys["static"] = keys["static initial"].then(train=_relevant(c.train_config, ("factors", *c.joint)))
+    keys["damage"] = keys["zero-byte"].then(**pick("damage_sequences"))
+    for twin, gate in (("", c.gate_config), ("static ", GateConfig(form="static"))):
+        settings = pick("placement", "flatten", "max_rank", "budget", "joint", "seed")
+        initial = keys["damage"].then(gate=dataclasses.asdict(gate), **settings)
+        local = initial.then(**pick("local_steps")) if c.local_steps else initial
+        groups = ("factors", *(() if gate.form == "static" else ("gates",)), *c.joint)
+        train = local.then(train=_relevant(c.train_config, groups))
+        keys |= {f"{twin}initial": initial, f"{twin}local": local, f"{twin}train": train}
     return keys
 
 
@@ -63,10 +53,6 @@ def file_stamp(path: Path) -> list[int]:
 
 def _relevant(config: TrainConfig, groups: Sequence[str]) -> dict[str, Any]:
     """Give the settings of training that matter to some groups of parameters: no rate of another."""
-    values = dataclasses.asdict(config)
-    rates = {f"{group}_rate": config.rates()[group] for group in groups}
-    return (
-        {name: value for name, value in values.items() if not name.endswith("_rate")}
-        | rates
-        | {"final_rate": config.final_rate}
-    )
+    rates = config.rates()
+    values = {name: value for name, value in dataclasses.asdict(config).items() if not name.endswith("_rate")}
+    return values | {"final_rate": config.final_rate, "rates": {group: rates[group] for group in groups}}

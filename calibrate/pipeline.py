@@ -30,9 +30,11 @@ from calibrate.results import (
     StageTime,
     TaskScore,
 )
-from calibrate.stages import Trained, Workshop, as_stored
+from calibrate.resumable import Trained
+from calibrate.stages import Workshop
 from calibrate.student import GateConfig
 from calibrate.train import TrainConfig, rate_schedule
+from calibrate.weights import as_stored
 from calibrate.workdir import Key
 from spear_jax.checkpoint import component_bytes, save_checkpoint
 from spear_jax.evaluation import perplexity, run_task
@@ -101,16 +103,13 @@ def _outcome(run: Workshop, command: Sequence[str]) -> Outcome:
     gated = config.gate != "static"
     both = f" + {', '.join(config.joint)}" if config.joint else ""
     if config.budget and config.static_too and gated:
-        static = GateConfig(form="static")
-        keys = run.keys["static initial"], run.keys["static"]
-        model, trained = run.compensated(static, *keys, stage="train static")
-        stored.append(Variant(kind="static", label=f"static EC{both}", model=model, key=keys[1]))
+        model, trained = run.compensated(GateConfig(form="static"), twin=True)
+        stored.append(Variant(kind="static", label=f"static EC{both}", model=model, key=run.keys["static train"]))
         curve += _points(trained, "static compensators", config.train_config, "factors")
     if config.budget:
-        keys = run.keys["initial"], run.keys["train"]
-        model, trained = run.compensated(config.gate_config, *keys, stage="train")
+        model, trained = run.compensated(config.gate_config)
         kind: Literal["gated", "static"] = "gated" if gated else "static"
-        stored.append(Variant(kind=kind, label=f"{kind} EC{both}", model=model, key=keys[1]))
+        stored.append(Variant(kind=kind, label=f"{kind} EC{both}", model=model, key=run.keys["train"]))
         curve += _points(trained, "compensators", config.train_config, "factors")
     if config.joint and config.budget:
         run.note(f"{' and '.join(config.joint)} were trained along with the compensators, at no cost in bytes")
@@ -336,7 +335,7 @@ def _points(trained: Trained, stage: str, config: TrainConfig, group: str) -> li
             step=point.step,
             loss=point.loss,
             learning_rate=float(np.asarray(schedule(point.step))),
-            held_out_loss=point.held_out_kl + config.hidden_weight * point.held_out_hidden,
+            held_out_loss=point.held_out(config),
         )
         for point in trained.curve
     ]

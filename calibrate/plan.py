@@ -105,6 +105,9 @@ def make_plan(config: CalibrateConfig, model: ModelConfig, *, eval_tokens: int, 
             add("diagnose", damage_tokens * pairs * forward, "damage (1 - CKA) of each module alone")
         eigen = 2 * model.num_layers * sum(20 * min(n, k) ** 3 for n, k in shapes)
         add("place and initialise", eigen, f"{config.placement}, {config.budget:.2%} of the bytes, whitened SVD")
+        if config.local_steps:
+            operations = config.local_steps * 6 * config.max_rank * (squares + weights)
+            add("train locally", operations, f"{config.local_steps} steps, each module by itself")
         extra = step_into_weights if config.joint else 0
         joint = f", with {' and '.join(config.joint)}" if config.joint else ""
         add("train", targets + config.steps * (step + extra), f"{config.steps} steps, {config.gate} gate{joint}")

@@ -4,12 +4,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from calibrate.capture import Moments, second_moments
+from calibrate.capture import Moments
 from calibrate.solvers import (
     Rounded,
     gptq,
@@ -22,10 +20,10 @@ from calibrate.solvers import (
     search_channel_scales,
     search_scales,
 )
-from spear_jax.models.decoder import MODULES, Decoder, Layer
+from calibrate.weights import float_weights, with_weights
+from spear_jax.models.decoder import MODULES, Decoder
 from spear_jax.models.quantize import quantize_model
-from spear_jax.nn.attention import Attend, causal_attend
-from spear_jax.nn.linear import Linear, RMSNorm
+from spear_jax.nn.linear import RMSNorm
 from spear_jax.quant import QuantSpec, QuantTensor
 
 type Quantizer = Literal["rtn", "awq", "clip", "learned-clip", "gptq", "gptq-clip", "refined"]
@@ -46,8 +44,7 @@ class Base:
 
 
 def round_weight(weight: Array, moment: Array, *, quantizer: Quantizer, spec: QuantSpec) -> QuantTensor:
-    """Quantize one module, of one layer or of a stack of them, given the second moment of its input."""
-    weight = weight.astype(jnp.float32)
+    """Quantize one module, of one layer or of a stack of them, given the second moment of its input; all float32."""
     match quantizer:
         case "rtn" | "awq" | "gptq":
             grid = min_max_grid(weight, spec)
@@ -81,15 +78,13 @@ def quantize_base(
         return Base(model=quantize_model(model, spec), exact=model, moments=moments)
     if quantizer == "awq":
         model, moments = move_channel_scales(model, moments, spec)
-    layers = jax.tree.map(lambda leaf: leaf, model.layers)
-    for done, name in enumerate(MODULES, start=1):
-        linear: Linear = getattr(model.layers, name)
-        spec.groups(linear.weight.shape[-1], name=name)
-        tensor = round_weight(float_weight(linear), moments[name], quantizer=quantizer, spec=spec)
-        setattr(layers, name, Linear(tensor, _bias(linear)))
+    tensors = {}
+    for done, (name, weight) in enumerate(float_weights(model).items(), start=1):
+        spec.groups(weight.shape[-1], name=name)
+        tensors[name] = round_weight(weight, moments[name], quantizer=quantizer, spec=spec)
         if progress:
             progress(done, len(MODULES))
-    return Base(model=model.replace(layers=layers), exact=model, moments=moments)
+    return Base(model=model.replace(layers=with_weights(model.layers, tensors)), exact=model, moments=moments)
 
 
 def move_channel_scales(model: Decoder, moments: Moments, spec: QuantSpec) -> tuple[Decoder, Moments]:
@@ -98,8 +93,7 @@ def move_channel_scales(model: Decoder, moments: Moments, spec: QuantSpec) -> tu
     Each module's input channels are multiplied, and what feeds them divided: the norm before `qkv` and `gate_up`, the
     rows of `up` before `down`. The input of `o` is left alone, as heads that share values cannot be scaled apart.
     """
-    weights = {name: float_weight(getattr(model.layers, name)).astype(jnp.float32) for name in MODULES}
-    moments = dict(moments)
+    weights, moments = float_weights(model), dict(moments)
 
     def scale(name: str) -> Float[Array, "L K"]:
         channels = search_channel_scales(weights[name], moments[name], spec)
@@ -109,60 +103,12 @@ def move_channel_scales(model: Decoder, moments: Moments, spec: QuantSpec) -> tu
     down = scale("down")
     gate, up = jnp.split(weights["gate_up"], 2, axis=-2)
     weights["gate_up"] = jnp.concatenate([gate, up / down[..., None]], axis=-2)
-    layers = jax.tree.map(lambda leaf: leaf, model.layers)
+    norms = {}
     for norm_name, name in (("input_norm", "qkv"), ("mlp_norm", "gate_up")):
         norm: RMSNorm = getattr(model.layers, norm_name)
         gain = norm.weight[...].astype(jnp.float32) / scale(name)
-        setattr(layers, norm_name, RMSNorm(gain.astype(norm.weight.dtype), eps=norm.eps))
-    for name in MODULES:
-        linear: Linear = getattr(model.layers, name)
-        setattr(layers, name, Linear(weights[name].astype(float_weight(linear).dtype), _bias(linear)))
+        norms[norm_name] = RMSNorm(gain.astype(norm.weight.dtype), eps=norm.eps)
+    layers = with_weights(model.layers, {name: weight.astype(model.dtype) for name, weight in weights.items()})
+    for norm_name, norm in norms.items():
+        setattr(layers, norm_name, norm)
     return model.replace(layers=layers), moments
-
-
-def quantize_sequentially(
-    model: Decoder,
-    tokens: Int[np.ndarray, "S T"],
-    *,
-    quantizer: Quantizer,
-    spec: QuantSpec,
-    batch_size: int,
-    attend: Attend = causal_attend,
-) -> Decoder:
-    """Quantize layer after layer, each against the activations behind the quantized ones before it."""
-    done: dict[str, list[QuantTensor]] = {name: [] for name in MODULES}
-
-    def quantize(index: int, layer: Layer, moments: dict[str, Array]) -> Layer:
-        del index
-        layer = jax.tree.map(lambda leaf: leaf, layer)
-        for name in MODULES:
-            linear: Linear = getattr(layer, name)
-            tensor = round_weight(float_weight(linear), moments[name], quantizer=quantizer, spec=spec)
-            done[name].append(tensor)
-            setattr(layer, name, Linear(tensor.dequantize(model.dtype), _bias(linear)))
-        return layer
-
-    second_moments(model, tokens, batch_size=batch_size, quantize=quantize, attend=attend)
-    layers = jax.tree.map(lambda leaf: leaf, model.layers)
-    for name in MODULES:
-        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *done[name])
-        setattr(layers, name, Linear(stacked, _bias(getattr(model.layers, name))))
-    return model.replace(layers=layers)
-
-
-def float_weight(linear: Linear) -> Float[Array, "*L N K"]:
-    """Give the weight of a linear that has not been quantized."""
-    assert not isinstance(linear.weight, QuantTensor)
-    return linear.weight[...]
-
-
-def _bias(linear: Linear) -> Array | None:
-    return None if linear.bias is None else linear.bias[...]
-
-
-def weight_errors(exact: Decoder, dense: dict[str, Array]) -> dict[str, Float[Array, "L N K"]]:
-    """Give `W - W_q` of the four stacks, float32; `dense` are the quantized weights written out."""
-    return {
-        name: float_weight(getattr(exact.layers, name)).astype(jnp.float32) - dense[name].astype(jnp.float32)
-        for name in MODULES
-    }

@@ -7,9 +7,11 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from calibrate.student import Params
 from spear_jax import models
 from spear_jax.cli import parse_flags, run_main
 from spear_jax.models.decoder import MODULES, Decoder
@@ -33,6 +35,20 @@ class RecoverConfig:
 
     details: tuple[str, ...] = ()
     """What the file says of itself, as key=value."""
+
+
+def save_params(path: Path, params: Params, ranks: dict[str, tuple[int, ...]], model: Decoder) -> None:
+    """Write parameters, ranks and the finished model's scales as one npz file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flat = {
+        jax.tree_util.keystr(key, simple=True, separator="."): np.asarray(leaf)
+        for key, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    flat |= {f"ranks.{name}": np.asarray(values) for name, values in ranks.items()}
+    for name in ranks:
+        weight = getattr(model.layers, name).weight
+        flat |= {f"stored.{name}.scale": np.asarray(weight.scale.astype(jnp.float32))}
+    np.savez(path, allow_pickle=False, **flat)
 
 
 def recovery_arrays(exact: Decoder, saved: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,8 +1,6 @@
 """The stages of a calibration up to trained compensators, each found again after a kill."""
 
-import dataclasses
 import functools
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +17,24 @@ from calibrate.data import calibration_tokens, read_texts
 from calibrate.imported import align, load_reference, with_imported_grid
 from calibrate.initialize import whitened_svd
 from calibrate.keys import stage_keys
+from calibrate.local import train_locally
 from calibrate.progress import Stages
-from calibrate.quantizers import float_weight, move_channel_scales, quantize_base, weight_errors
+from calibrate.quantizers import move_channel_scales, quantize_base
+from calibrate.resumable import Trained, train_resumably
 from calibrate.student import GateConfig, Params, Student, initial_compensators, zero_byte_params
-from calibrate.train import CurvePoint as TrainedPoint
-from calibrate.train import TrainConfig, Trainer, TrainState, dense_weights
+from calibrate.train import TrainConfig, Trainer
+from calibrate.weights import (
+    as_stored,
+    check_weights,
+    dense_weights,
+    float_weights,
+    int4_weight,
+    weight_errors,
+    with_weights,
+)
 from calibrate.workdir import Key, WorkDirectory
 from spear_jax import models
-from spear_jax.checkpoint import inspect_checkpoint, named_arrays
+from spear_jax.checkpoint import inspect_checkpoint
 from spear_jax.evaluate import WIKITEXT
 from spear_jax.evaluation import load_examples
 from spear_jax.evaluation.comparison import Overhead
@@ -35,20 +43,10 @@ from spear_jax.loading import CHECKPOINT, find_checkpoint
 from spear_jax.models.decoder import MODULES, Decoder
 from spear_jax.models.quantize import cast_model
 from spear_jax.models.source import resolve
-from spear_jax.nn.linear import Linear
 from spear_jax.quant import QuantTensor
 
 _DENSE_SIDE = 256
 """Smaller side of a weight up to which its error is decomposed whole on a CPU."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Trained:
-    """The end of a stage of training."""
-
-    params: Params
-    curve: tuple[TrainedPoint, ...]
-    key: Key
 
 
 class Workshop:
@@ -218,7 +216,7 @@ class Workshop:
                 for name in ("input_norm", "mlp_norm"):
                     getattr(base.layers, name).weight = nnx.Param(jnp.asarray(saved.arrays[f"{name}"]))
             weights = {name: QuantTensor(**_weight_arrays(saved.arrays, name)) for name in MODULES}
-            return with_weights(base, weights)
+            return base.replace(layers=with_weights(base.layers, weights))
         moments = None if self.config.quantizer == "rtn" else self.moments
         with self.stages.stage("quantize") as report:
             base = quantize_base(
@@ -232,7 +230,7 @@ class Workshop:
                 self._behind_channel_scales = base.exact, base.moments
             model = as_stored(cast_model(base.model, self.dtype))
             jax.block_until_ready(model)
-        arrays: dict[str, Any] = {name: weight_of(model, name) for name in MODULES}
+        arrays: dict[str, Any] = {name: int4_weight(model, name) for name in MODULES}
         for name in ("input_norm", "mlp_norm"):
             arrays[name] = getattr(model.layers, name).weight[...]
         self.work.save("quantize", self.keys["quantize"], arrays, seconds=self.stages.seconds["quantize"])
@@ -291,10 +289,7 @@ class Workshop:
         if saved is not None:
             self.stages.resumed(stage, saved.values["seconds"])
             return {name: tuple(ranks) for name, ranks in saved.values["ranks"].items()}, _nested(saved.arrays)
-        damage, tokens = self.damage, self.tokens
-        del tokens
-        exact, moments = self.rounded_from, self.rounded_moments
-        dense = self.dense
+        damage, exact, moments, dense = self.damage, self.rounded_from, self.rounded_moments, self.dense
         with self.stages.stage(stage):
             errors = weight_errors(exact, dense)
             probes = 0 if gate.form == "static" else gate.probes
@@ -328,109 +323,41 @@ class Workshop:
         self.work.save(stage, key, params, ranks=ranks, seconds=self.stages.seconds[stage])
         return ranks, params
 
-    def compensated(self, gate: GateConfig, initial_key: Key, key: Key, *, stage: str) -> tuple[Decoder, Trained]:
-        """Train compensators with a gate; give the model as stored."""
-        ranks, params = self.initial(gate, initial_key)
+    def _locally(self, student: Student, params: Params, key: Key) -> Params:
+        """Train factors against the errors of their own modules, where steps are given for that."""
+        if not self.config.local_steps:
+            return params
+        saved = self.work.load("train locally", key)
+        if saved is not None:
+            self.stages.resumed("train locally", saved.values["seconds"])
+            return saved.tree(params)
+        errors, moments = weight_errors(self.rounded_from, self.dense), self.rounded_moments
+        begin = self.stages.seconds.get("train locally", 0.0)
+        with self.stages.stage("train locally") as report:
+            steps = self.config.local_steps
+            params = train_locally(errors, moments, student, params, steps=steps, progress=report)
+        self.work.save("train locally", key, params, seconds=self.stages.seconds["train locally"] - begin)
+        return params
+
+    def compensated(self, gate: GateConfig, *, twin: bool = False) -> tuple[Decoder, Trained]:
+        """Train compensators with a gate, locally and then end to end; give the model as stored."""
+        keys = {name: self.keys[f"static {name}" if twin else name] for name in ("initial", "local", "train")}
+        ranks, params = self.initial(gate, keys["initial"])
         student = Student(ranks=ranks, gate=gate)
-        trained = self._train(stage, key, self.base, student, params, self.config.train_config)
+        params = self._locally(student, params, keys["local"])
+        stage = "train static" if twin else "train"
+        trained = self._train(stage, keys["train"], self.base, student, params, self.config.train_config)
         exact = self.rounded_from if "ranges" in self.config.joint else None
         return student.finish(self.base, trained.params, exact=exact), trained
 
     def _train(
         self, stage: str, key: Key, base: Decoder, student: Student, params: Params, config: TrainConfig
     ) -> Trained:
-        """Train, saving the state at every evaluation; the best parameters by held-out loss are the result."""
-        saved = self.work.load(stage, key)
-        if saved is not None:
-            self.stages.resumed(stage, saved.values["seconds"])
-            return Trained(params=saved.tree(params), curve=_curve(saved.values), key=key)
-        dense = None
-        if "ranges" in params:
-            dense = {name: float_weight(getattr(self.rounded_from.layers, name)).astype(self.dtype) for name in MODULES}
-        tokens, target = self.tokens, self.target
-        trainer = Trainer(self.reference, base, student, tokens, config, target=target, dense=dense)
-        curve: list[TrainedPoint] = []
-        best, best_loss, state, before = params, math.inf, None, 0.0
-        unfinished = self.work.load(f"{stage} state", key)
-        if unfinished is not None:
-            state = _placed(unfinished.tree(trainer.start(params), prefix="state."), trainer)
-            best, best_loss = unfinished.tree(params, prefix="best."), unfinished.values["best_loss"]
-            curve, before = list(_curve(unfinished.values)), unfinished.values["seconds"]
-            self.stages.resumed(stage, before, what=f"goes on from step {int(state.step)} of {config.steps}")
+        def trainer() -> Trainer:
+            dense = float_weights(self.rounded_from, self.dtype) if "ranges" in params else None
+            return Trainer(self.reference, base, student, self.tokens, config, target=self.target, dense=dense)
 
-        def keep(point: TrainedPoint, state: TrainState) -> None:
-            nonlocal best, best_loss
-            point = dataclasses.replace(point, seconds=before + point.seconds)
-            curve.append(point)
-            held = point.held_out_kl + config.hidden_weight * point.held_out_hidden
-            if held < best_loss:
-                best_loss, best = held, jax.device_get(state.average if config.ema else state.params)
-            self.stages.say(
-                f"{stage}: step {point.step} of {config.steps}, loss {point.loss:.4f}, held-out KL "
-                f"{point.held_out_kl:.4f}, hidden error {point.held_out_hidden:.4f}"
-            )
-            if point.step == 0:
-                return
-            self.work.save(
-                f"{stage} state",
-                key,
-                # The sum of losses begins anew after each evaluation.
-                {"state": state._replace(loss_sum=jnp.zeros_like(state.loss_sum)), "best": best},
-                best_loss=best_loss,
-                seconds=point.seconds,
-                curve=[dataclasses.asdict(p) for p in curve],
-            )
-
-        with self.stages.stage(stage) as report:
-            if state is None or int(state.step) < config.steps:
-                trainer.run(params, state=state, on_point=keep, progress=report)
-        if not math.isfinite(best_loss):
-            raise ValueError(f"{stage}: the loss on held-out text is not finite from the first step on")
-        points = [dataclasses.asdict(p) for p in curve]
-        self.work.save(stage, key, best, seconds=self.stages.seconds[stage], curve=points)
-        self.work.remove(f"{stage} state", key)
-        return Trained(params=jax.tree.map(jnp.asarray, best), curve=tuple(curve), key=key)
-
-
-def check_weights(model: Decoder, *, source: str) -> None:
-    """Refuse a model with a weight that is not a number.
-
-    Raises:
-        ValueError: Names the weight, and its layer.
-    """
-    for name, array in named_arrays(model):
-        if bool(jnp.all(jnp.isfinite(array))):
-            continue
-        where = ""
-        if name.startswith("layers."):
-            flat = jnp.isfinite(array.reshape(array.shape[0], -1)).all(axis=1)
-            where = f" in layer {int(jnp.argmin(flat))}"
-        raise ValueError(f"{source}: {name}{where} holds NaN or infinite values")
-
-
-def as_stored(model: Decoder) -> Decoder:
-    """Give the model with embedding and head rounded to what a checkpoint stores, in the type they had."""
-
-    def rounded(table: Any) -> Any:
-        return None if table is None else nnx.Param(table[...].astype(jnp.bfloat16).astype(table[...].dtype))
-
-    return model.replace(embed=rounded(model.embed), head=rounded(model.head))
-
-
-def weight_of(model: Decoder, name: str) -> QuantTensor:
-    """Give the int4 weights of a module."""
-    weight = getattr(model.layers, name).weight
-    assert isinstance(weight, QuantTensor), name
-    return weight
-
-
-def with_weights(model: Decoder, weights: dict[str, QuantTensor]) -> Decoder:
-    """Give the model with other weights in some of its modules."""
-    layers = jax.tree.map(lambda leaf: leaf, model.layers)
-    for name, weight in weights.items():
-        linear: Linear = getattr(model.layers, name)
-        setattr(layers, name, Linear(weight, None if linear.bias is None else linear.bias[...]))
-    return model.replace(layers=layers)
+        return train_resumably(stage, params, trainer, work=self.work, key=key, stages=self.stages)
 
 
 def _weight_arrays(arrays: dict[str, np.ndarray], name: str) -> dict[str, Array]:
@@ -448,15 +375,3 @@ def _nested(arrays: dict[str, np.ndarray]) -> Params:
             place = place.setdefault(group, {})
         place[last] = jnp.asarray(array)
     return params
-
-
-def _placed(state: TrainState, trainer: Trainer) -> TrainState:
-    """Put a state that was read from disk where the trainer has its own."""
-    if trainer.mesh is None:
-        return state
-    everywhere = jax.sharding.NamedSharding(trainer.mesh, jax.sharding.PartitionSpec())
-    return jax.device_put(state, everywhere)
-
-
-def _curve(values: dict[str, Any]) -> tuple[TrainedPoint, ...]:
-    return tuple(TrainedPoint(**point) for point in values["curve"])

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int8
 
 from calibrate.initialize import LowRank, whitened_svd
 from calibrate.solvers.grid import CODE_MAX, CODE_MIN, HIGHEST
+from calibrate.weights import int4_weight, with_weights
 from pallas_kernels.int4_matmul import Compensator, Gate, gated_coordinates
 from spear_jax.models.decoder import MODULES, NORMS, Decoder
 from spear_jax.nn.linear import Linear, RMSNorm
@@ -147,22 +148,16 @@ def zero_byte_params(base: Decoder, reference: Decoder, groups: tuple[str, ...])
     params: Params = {}
     for group in groups:
         if group in ("scales", "ranges"):
-            params[group] = {name: jnp.zeros(_tensor(base, name).scale.shape, jnp.float32) for name in MODULES}
+            params[group] = {name: jnp.zeros(int4_weight(base, name).scale.shape, jnp.float32) for name in MODULES}
         elif group == "norms":
             gains = {n: norm.weight.shape for n in NORMS if (norm := getattr(base.layers, n)) is not None}
             gains["final_norm"] = base.final_norm.weight.shape
             params[group] = {name: jnp.zeros(shape, jnp.float32) for name, shape in gains.items()}
         elif group == "codes":
-            params[group] = {name: _latent(_tensor(base, name), reference, name) for name in MODULES}
+            params[group] = {name: _latent(int4_weight(base, name), reference, name) for name in MODULES}
         else:
             raise ValueError(f"unknown group of zero-byte parameters {group!r}; known: scales, ranges, norms, codes")
     return params
-
-
-def _tensor(model: Decoder, name: str) -> QuantTensor:
-    weight = getattr(model.layers, name).weight
-    assert isinstance(weight, QuantTensor), name
-    return weight
 
 
 def _latent(tensor: QuantTensor, reference: Decoder, name: str) -> Float[Array, "L N K"]:
@@ -229,7 +224,7 @@ class Student:
             linear = getattr(base.layers, name)
             weight = dense[name]
             if any(name in params.get(group, {}) for group in ("scales", "ranges", "codes")):
-                weight = self._weight(_tensor(base, name), params, name, weight).astype(dtype)
+                weight = self._weight(int4_weight(base, name), params, name, weight).astype(dtype)
             setattr(layers, name, TrainedLinear(weight, None if linear.bias is None else linear.bias[...]))
         model = base.replace(layers=layers)
         for name, delta in params.get("norms", {}).items():
@@ -292,11 +287,11 @@ class Student:
 
         `exact`, the float model of the base, is needed with "ranges".
         """
-        layers = jax.tree.map(lambda leaf: leaf, base.layers)
+        tensors = {}
         for name in MODULES:
             if not any(name in params.get(group, {}) for group in ("scales", "ranges", "codes")):
                 continue
-            linear, tensor = getattr(base.layers, name), _tensor(base, name)
+            tensor = int4_weight(base, name)
             scale = _trained_scale(tensor, params, name).astype(tensor.scale.dtype)
             codes: Int8[Array, "L N K"] = tensor.codes()
             if name in params.get("ranges", {}):
@@ -306,9 +301,8 @@ class Student:
             if name in params.get("codes", {}):
                 latent = params["codes"][name]
                 codes = jnp.clip(jnp.round(latent), CODE_MIN, CODE_MAX).astype(jnp.int8)
-            bias = None if linear.bias is None else linear.bias[...]
-            setattr(layers, name, Linear(QuantTensor.from_codes(codes, scale, tensor.zero), bias))
-        model = base.replace(layers=layers)
+            tensors[name] = QuantTensor.from_codes(codes, scale, tensor.zero)
+        model = base.replace(layers=with_weights(base.layers, tensors))
         for name, delta in params.get("norms", {}).items():
             owner = model if name == "final_norm" else model.layers
             norm: RMSNorm = getattr(owner, name)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,15 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from calibrate.capture import Remat, all_hidden_states, choose_attend, hidden_states
+from calibrate.loss import distillation_loss
+from calibrate.nonfinite import broken_gradients, first_not_finite
 from calibrate.student import Params, Student
-from spear_jax.models.decoder import MODULES, Decoder
-from spear_jax.quant.rows import Int8Rows
-
-_LOGITS_BYTES = 2**29
-"""Float32 logits of each model held at a time."""
+from calibrate.weights import dense_weights
+from spear_jax.models.decoder import Decoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +60,8 @@ class TrainConfig:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
+        if self.patience < 0:
+            raise ValueError(f"patience must be at least 0, got {self.patience}")
 
     def rates(self) -> dict[str, float]:
         """Give the peak learning rate of each group of parameters."""
@@ -84,9 +85,13 @@ class CurvePoint:
     held_out_hidden: float
     seconds: float
 
+    def held_out(self, config: TrainConfig) -> float:
+        """Give the loss on held-out text, which decides which parameters are best."""
+        return self.held_out_kl + config.hidden_weight * self.held_out_hidden
+
 
 class TrainingDiverged(ValueError):
-    """Loss or gradients became NaN or infinite; `params` are the last good ones."""
+    """Loss or gradients became NaN or infinite; `params` are the best ones before."""
 
     def __init__(self, message: str, params: Params) -> None:
         super().__init__(message)
@@ -94,79 +99,25 @@ class TrainingDiverged(ValueError):
 
 
 class TrainState(NamedTuple):
-    """What a step changes; `bad` counts, for each leaf of the gradients, steps that were skipped as not finite."""
+    """What a step changes; `broken` is the first step that was not finite, after which none changes anything, or -1."""
 
     step: Array
     params: Params
     average: Params
     optimizer: Any
     loss_sum: Array
-    bad: Params
+    broken: Array
 
 
-def distillation_loss(
-    reference: Decoder,
-    student: Decoder,
-    target: Float[Array, "B T D"],
-    hidden: Float[Array, "B T D"],
-    *,
-    temperature: float = 1.0,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Give mean KL(reference || student) in nats a token, and the relative squared error of the last hidden states."""
-    tables = tuple(model.embed if model.head is None else model.head for model in (reference, student))
-    wanted_table, table = (_dense_table(table, hidden.dtype) for table in tables)
-    total: Any = _summed_kl(wanted_table, table, target, hidden, temperature)
-    wanted, got = target.astype(jnp.float32), hidden.astype(jnp.float32)
-    relative = jnp.sum(jnp.square(got - wanted), axis=-1) / (jnp.sum(jnp.square(wanted), axis=-1) + 1e-6)
-    return total / math.prod(target.shape[:2]), jnp.mean(relative)
+class Standing(NamedTuple):
+    """Where training stands after an evaluation; `best` are the parameters of the lowest held-out loss so far.
 
-
-def _dense_table(table: Any, dtype: Any) -> Float[Array, "V D"]:
-    return table.dequantize(dtype) if isinstance(table, Int8Rows) else table[...]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _summed_kl(wanted_table: Array, table: Array, target: Array, hidden: Array, temperature: float) -> Array:
-    """Sum KL over tokens, differentiable in `hidden` only.
-
-    Logits are computed a piece of the sequence at a time and never again: the gradient, known as soon as they are, is
-    what the backward pass keeps of them.
+    Steps that follow give the memory of `state` away: copy it before.
     """
-    return _summed_kl_forward(wanted_table, table, target, hidden, temperature)[0]
 
-
-def _summed_kl_forward(
-    wanted_table: Array, table: Array, target: Array, hidden: Array, temperature: float
-) -> tuple[Array, Array]:
-    batch, length, width = hidden.shape
-    pieces = min(length, max(1, math.ceil(4 * batch * length * table.shape[0] / _LOGITS_BYTES)))
-    while length % pieces:
-        pieces += 1
-
-    def logits(table: Array, states: Array) -> Array:
-        return jnp.einsum("btd,vd->btv", states, table, preferred_element_type=jnp.float32) / temperature
-
-    def piece(total: Array, pair: tuple[Array, Array]) -> tuple[Array, Array]:
-        wanted, got = logits(wanted_table, pair[0]), logits(table, pair[1])
-        wanted_log, got_log = jax.nn.log_softmax(wanted), jax.nn.log_softmax(got)
-        share = jnp.exp(wanted_log)
-        slope = ((jnp.exp(got_log) - share) / temperature).astype(table.dtype)
-        return total + jnp.sum(share * (wanted_log - got_log)), jnp.einsum("btv,vd->btd", slope, table)
-
-    def split(states: Array) -> Array:
-        return jnp.moveaxis(states.reshape(batch, pieces, length // pieces, width), 1, 0)
-
-    with jax.named_scope("kl"):
-        total, slopes = jax.lax.scan(piece, jnp.zeros((), jnp.float32), (split(target), split(hidden)))
-    return total, jnp.moveaxis(slopes, 0, 1).reshape(hidden.shape)
-
-
-def _summed_kl_backward(temperature: float, slopes: Array, cotangent: Array) -> tuple[None, None, None, Array]:
-    del temperature
-    return None, None, None, (slopes.astype(jnp.float32) * cotangent).astype(slopes.dtype)
-
-
-_summed_kl.defvjp(_summed_kl_forward, _summed_kl_backward)
+    state: TrainState
+    best: Params
+    curve: tuple[CurvePoint, ...]
 
 
 def rate_schedule(config: TrainConfig, peak: float) -> optax.Schedule:
@@ -247,40 +198,34 @@ class Trainer:
         held = max(1, round(config.held_out * count))
         if count - held < 1:
             raise ValueError(f"calibration text has {count} sequences: expected at least 2, one of them held out")
-        self.config, self.student, self.length = config, student, length
-        self.reference, self.base = reference, base
+        self.config, self.student = config, student
         self.attend = choose_attend(base, length)
+        self.train_count, self.held_count = count - held, held
         self.batch_size = min(config.batch_size, count - held)
         if target is None:
             target = all_hidden_states(reference, tokens, batch_size=self.batch_size, attend=self.attend)
-        self.train_count, self.held_count = count - held, held
-        self.tokens, self.target = jnp.asarray(tokens), target
-        self.dense = dense_weights(base) if dense is None else dense
-        self.mesh = data_mesh()
-        if self.mesh is not None and self.batch_size % self.mesh.size:
-            self.mesh = None
-        if self.mesh is not None:
-            everywhere = NamedSharding(self.mesh, PartitionSpec())
-            self.reference, self.base, self.dense, self.tokens, self.target = jax.device_put(
-                (self.reference, self.base, self.dense, self.tokens, self.target), everywhere
-            )
+        dense = dense_weights(base) if dense is None else dense
+        mesh = data_mesh()
+        self.mesh = None if mesh is None or self.batch_size % mesh.size else mesh
+        self.frozen = self._everywhere((reference, base, dense, jnp.asarray(tokens), target))
+
+    def _everywhere(self, tree: Any) -> Any:
+        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
 
     def start(self, params: Params) -> TrainState:
         """Give the state before the first step."""
         # Steps give their input's memory away, which must not be the caller's.
         params = jax.tree.map(jnp.array, params)
-        self.units = self.student.units(params)
-        self.optimizer = make_optimizer(self.config, params, self.units)
-        zero = jnp.zeros((), jnp.float32)
+        self.optimizer = make_optimizer(self.config, params, self.student.units(params))
         state = TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             average=jax.tree.map(jnp.copy, params) if self.config.ema else {},
             optimizer=self.optimizer.init(params),
-            loss_sum=zero,
-            bad=jax.tree.map(lambda _: jnp.zeros((), jnp.int32), params),
+            loss_sum=jnp.zeros((), jnp.float32),
+            broken=jnp.full((), -1, jnp.int32),
         )
-        return state if self.mesh is None else jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
+        return self._everywhere(state)
 
     def _losses(self, frozen: Any, params: Params, index: Int[Array, " B"]) -> tuple[Array, tuple[Array, Array]]:
         reference, base, dense, tokens, target = frozen
@@ -298,8 +243,8 @@ class Trainer:
         def step(state: TrainState, frozen: Any, index: Array) -> TrainState:
             losses = functools.partial(self._losses, frozen)
             (loss, _), gradient = jax.value_and_grad(losses, has_aux=True)(state.params, index)
-            broken = jax.tree.map(lambda leaf: ~jnp.all(jnp.isfinite(leaf)), gradient)
-            good = jnp.isfinite(loss) & ~jnp.any(jnp.stack(jax.tree.leaves(broken)))
+            finite = [jnp.all(jnp.isfinite(leaf)) for leaf in (loss, *jax.tree.leaves(gradient))]
+            good = jnp.all(jnp.stack(finite)) & (state.broken < 0)
             # optax raises a float to its int32 step count, which strict promotion refuses.
             with jax.numpy_dtype_promotion("standard"):
                 updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
@@ -314,13 +259,11 @@ class Trainer:
                 average=average,
                 optimizer=optimizer,
                 loss_sum=state.loss_sum + loss,
-                bad=state.bad,
+                broken=state.broken,
             )
             kept: TrainState = jax.tree.map(lambda old, new: jnp.where(good, new, old), state, new)
-            bad = jax.tree.map(
-                lambda count, is_broken: count + (is_broken | ~good).astype(count.dtype), state.bad, broken
-            )
-            return kept._replace(step=new.step, bad=bad)
+            first = jnp.where(good | (state.broken >= 0), state.broken, state.step)
+            return kept._replace(step=new.step, broken=first)
 
         return jax.jit(step, donate_argnums=0)
 
@@ -328,16 +271,14 @@ class Trainer:
     def _measure(self) -> Callable[..., tuple[Array, Array]]:
         return jax.jit(lambda frozen, params, index: self._losses(frozen, params, index)[1])
 
-    @property
-    def frozen(self) -> tuple[Any, ...]:
-        """Arrays that steps read and never change."""
-        return self.reference, self.base, self.dense, self.tokens, self.target
+    def _held_out_rows(self) -> Iterator[np.ndarray]:
+        size = min(self.batch_size, self.held_count)
+        for start in range(self.train_count, self.train_count + self.held_count - size + 1, size):
+            yield np.arange(start, start + size, dtype=np.int32)
 
     def held_out_losses(self, params: Params) -> tuple[float, float]:
         """Measure mean KL and relative hidden error on the held-out sequences."""
-        size = min(self.batch_size, self.held_count)
-        starts = range(self.train_count, self.train_count + self.held_count - size + 1, size)
-        losses = [self._measure(self.frozen, params, start + jnp.arange(size)) for start in starts]
+        losses = [self._measure(self.frozen, params, jnp.asarray(rows)) for rows in self._held_out_rows()]
         kl, hidden = np.mean(jax.device_get(losses), axis=0)
         return float(kl), float(hidden)
 
@@ -345,58 +286,82 @@ class Trainer:
         self,
         params: Params,
         *,
-        state: TrainState | None = None,
-        on_point: Callable[[CurvePoint, TrainState], None] | None = None,
+        resume: Standing | None = None,
+        on_point: Callable[[Standing], None] | None = None,
         progress: Callable[[int, int], None] | None = None,
-    ) -> tuple[Params, list[CurvePoint]]:
-        """Train from `params`, or go on from `state`; give the best parameters by held-out loss, and the curve.
+    ) -> Standing:
+        """Train from `params`, or go on from where an earlier run stood, to the last step or until patience is out.
 
-        `on_point` is called after each evaluation, the place to write a checkpoint.
+        `on_point` is called after each evaluation, the place to save what is needed to go on.
 
         Raises:
-            TrainingDiverged: A loss or gradient is not finite; names the parameters, carries the last good ones.
+            TrainingDiverged: A loss or gradient is not finite; says where, and carries the best parameters before.
         """
         config = self.config
-        fresh = self.start(params)
-        state = fresh if state is None else state
-        begin, first = time.perf_counter(), int(state.step)
-        curve: list[CurvePoint] = []
-        best, best_loss, worse = self._result(state), math.inf, 0
-        if first == 0:
-            kl, hidden = self.held_out_losses(best)
-            best_loss = kl + config.hidden_weight * hidden
-            curve.append(CurvePoint(step=0, loss=best_loss, held_out_kl=kl, held_out_hidden=hidden, seconds=0.0))
+        standing = Standing(state=self.start(params), best=params, curve=())
+        if resume is None:
+            standing = self._evaluated(standing, standing.state, seconds=0.0)
             if on_point:
-                on_point(curve[-1], state)
-        since = first
-        for step in range(first, config.steps):
+                on_point(standing)
+        else:
+            standing = resume._replace(state=self._everywhere(resume.state))
+        state, begin = standing.state, time.perf_counter() - standing.curve[-1].seconds
+        for step in range(int(state.step), config.steps):
+            if self.out_of_patience(standing.curve):
+                break
             state = self._step(state, self.frozen, jnp.asarray(self._rows(step)))
             done = step + 1
             if progress:
                 progress(done, config.steps)
             if done % config.evaluate_every and done != config.steps:
                 continue
-            self._check(state)
-            result = self._result(state)
-            kl, hidden = self.held_out_losses(result)
-            loss = float(state.loss_sum) / (done - since)
-            seconds = time.perf_counter() - begin
-            curve.append(CurvePoint(step=done, loss=loss, held_out_kl=kl, held_out_hidden=hidden, seconds=seconds))
-            state, since = state._replace(loss_sum=jnp.zeros((), jnp.float32)), done
-            held = kl + config.hidden_weight * hidden
-            if held < best_loss:
-                best, best_loss, worse = result, held, 0
-            else:
-                worse += 1
+            standing = self._evaluated(standing, state, seconds=time.perf_counter() - begin)
+            state = standing.state
             if on_point:
-                on_point(curve[-1], state)
-            if config.patience and worse >= config.patience:
-                break
-        return best, curve
+                on_point(standing)
+        return standing
 
-    def _result(self, state: TrainState) -> Params:
-        """Copy the parameters to keep: the step gives its input's memory away."""
-        return jax.tree.map(jnp.copy, state.average if self.config.ema else state.params)
+    def out_of_patience(self, curve: Sequence[CurvePoint]) -> bool:
+        """Say whether the last `patience` evaluations were all no better than one before."""
+        losses = [point.held_out(self.config) for point in curve]
+        return 0 < self.config.patience < len(losses) - losses.index(min(losses))
+
+    def _evaluated(self, before: Standing, state: TrainState, *, seconds: float) -> Standing:
+        """Measure a state on held-out text and compare it with the best before."""
+        config, step, broken = self.config, int(state.step), int(state.broken)
+        if broken >= 0:
+            raise self._diverged(before, f"step {broken + 1}", state.params, [self._rows(broken)])
+        # Copied: the next step gives the state's memory away.
+        params = jax.tree.map(jnp.copy, state.average if config.ema else state.params)
+        kl, hidden = self.held_out_losses(params)
+        if not math.isfinite(kl + hidden):
+            raise self._diverged(before, f"the evaluation after {step} steps", params, self._held_out_rows())
+        since = before.curve[-1].step if before.curve else 0
+        loss = float(state.loss_sum) / (step - since) if step else kl + config.hidden_weight * hidden
+        point = CurvePoint(step=step, loss=loss, held_out_kl=kl, held_out_hidden=hidden, seconds=seconds)
+        least = min((earlier.held_out(config) for earlier in before.curve), default=math.inf)
+        return Standing(
+            state=state._replace(loss_sum=jnp.zeros_like(state.loss_sum)),
+            best=params if point.held_out(config) < least else before.best,
+            curve=(*before.curve, point),
+        )
+
+    def _diverged(self, before: Standing, when: str, params: Params, batches: Iterable[np.ndarray]) -> TrainingDiverged:
+        where = next(filter(None, (self._not_finite(params, jnp.asarray(rows)) for rows in batches)), "the loss")
+        kept = f"the state of step {before.curve[-1].step} is kept; lower the learning rates" if before.curve else ""
+        message = f"training stopped at {when}: NaN or infinite values in {where}"
+        return TrainingDiverged("; ".join(filter(None, (message, kept))), before.best)
+
+    def _not_finite(self, params: Params, index: Int[Array, " B"]) -> str | None:
+        """Say what is not finite on some sequences: a module's output, or else a module's gradient."""
+        _, base, dense, tokens, target = self.frozen
+        if not bool(jnp.all(jnp.isfinite(target[index]))):
+            return "the reference's last hidden states"
+        model = self.student.assemble(base, dense, params)
+        if (where := first_not_finite(model, tokens[index], attend=self.attend)) is not None:
+            return where
+        gradient = jax.grad(lambda params: self._losses(self.frozen, params, index)[0])(params)
+        return broken_gradients(gradient, self.student.ranks)
 
     def _rows(self, step: int) -> np.ndarray:
         """Give the sequences of a step: a new order each pass over the text, the same for the same seed."""
@@ -404,27 +369,3 @@ class Trainer:
         turn, part = divmod(step, per_pass)
         order = np.random.default_rng((self.config.seed, turn)).permutation(self.train_count)
         return order[part * self.batch_size : (part + 1) * self.batch_size].astype(np.int32)
-
-    def _check(self, state: TrainState) -> None:
-        bad: dict[str, Bool] = {
-            jax.tree_util.keystr(path, simple=True, separator="."): int(count)
-            for path, count in jax.tree_util.tree_leaves_with_path(jax.device_get(state.bad))
-            if count
-        }
-        if bad:
-            names = ", ".join(list(bad)[:4])
-            raise TrainingDiverged(
-                f"training stopped at step {int(state.step)}: loss or gradients are NaN or infinite ({names}); "
-                "the last good parameters are kept; lower the learning rates",
-                self._result(state),
-            )
-
-
-@functools.partial(jax.jit, static_argnames=("dtype",))
-def _dequantize(tensor: Any, *, dtype: Any) -> Array:
-    return tensor.dequantize(dtype)
-
-
-def dense_weights(base: Decoder) -> dict[str, Float[Array, "L N K"]]:
-    """Give the four stacks of int4 weights in the model's type."""
-    return {name: _dequantize(getattr(base.layers, name).weight, dtype=jnp.dtype(base.dtype)) for name in MODULES}

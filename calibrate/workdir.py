@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-_FORMAT = 1
+_FORMAT = 2
 """Part of every key: raised when what a stage writes changes its meaning."""
 
 

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from calibrate.initialize import whitened_svd
-from calibrate.quantizers import weight_errors
 from calibrate.student import GateConfig, Student, factor_bytes, initial_compensators, zero_byte_params
-from calibrate.train import dense_weights
+from calibrate.weights import dense_weights, weight_errors
 from spear_jax.models.decoder import MODULES, Decoder
 from spear_jax.models.quantize import expand_model, quantize_model
 from spear_jax.quant import QuantSpec

@@ -6,10 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calibrate.ablate import save_params
-from calibrate.recover import recovery_arrays
+from calibrate.recover import recovery_arrays, save_params
 from calibrate.student import GateConfig, Student, initial_compensators, zero_byte_params
-from calibrate.train import dense_weights
+from calibrate.weights import dense_weights
 from spear_jax.models.decoder import MODULES, Decoder
 from spear_jax.models.quantize import quantize_model, weight_bytes
 from spear_jax.quant import QuantSpec

@@ -1,0 +1,76 @@
+"""Where values stop being finite: the layer and the module to name when training has to stop."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from spear_jax.models.decoder import MODULES, NORMS, Decoder, Layer
+from spear_jax.nn.attention import Attend, causal_attend
+from spear_jax.nn.linear import Linear, RMSNorm
+
+
+def first_not_finite(model: Decoder, tokens: Int[Array, "B T"], *, attend: Attend = causal_attend) -> str | None:
+    """Say what first gives NaN or infinite values on some tokens, layer by layer; None where all is finite."""
+    x = model.embedded(tokens)
+    if not _finite(x):
+        return "the embedding"
+    ropes = model.ropes(jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape))
+    for index, window in enumerate(model.config.windows):
+        layer, found = _watched(model.layer(index))
+        own = model.compensators_of(index)
+        x, _ = layer(x, ropes, layer=index, window=window, attend=attend, compensators=own)
+        if found or not _finite(x):
+            return f"layer {index}, {found[0] if found else 'the residual stream'}"
+    return None if _finite(model.final_norm(x)) else "final_norm"
+
+
+def _watched(layer: Layer) -> tuple[Layer, list[str]]:
+    """Give a layer that, as it runs, fills a list with the names of what is not finite, in order."""
+    found: list[str] = []
+
+    def watch(name: str, part: Linear | RMSNorm) -> Callable[..., Array]:
+        def call(x: Array, **options: Any) -> Array:
+            y = part(x, **options)
+            if not (_finite(x) and _finite(y)):
+                found.append(name if _finite(x) else f"the input of {name}")
+            return y
+
+        return call
+
+    for name in (*MODULES, *NORMS):
+        if (part := getattr(layer, name)) is not None:
+            setattr(layer, name, watch(name, part))
+    return layer, found
+
+
+def broken_gradients(gradient: dict[str, Any], ranks: dict[str, tuple[int, ...]]) -> str | None:
+    """Say in which layer gradients stop being finite: the highest, as they come down from the last; None if nowhere.
+
+    `gradient` are groups of arrays by module, with a leading axis of layers; those of single rank coordinates have one
+    of rows instead, of which `ranks` says how many each layer has.
+    """
+    layers: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        rows = np.asarray(jnp.isfinite(leaf).reshape(leaf.shape[0], -1).all(axis=1))
+        if rows.all():
+            continue
+        group, module, *part = name.split(".")
+        if module == "final_norm":
+            return f"the gradient of {name}"
+        layer = np.arange(len(rows))
+        if group == "factors" or (group == "gates" and part[0] in ("w_in", "w_out", "b_out")):
+            layer = np.repeat(np.arange(len(ranks[module])), ranks[module])
+        layers[name] = int(layer[~rows].max())
+    if not layers:
+        return None
+    top = max(layers.values())
+    return f"layer {top}, the gradient of {', '.join(name for name, layer in layers.items() if layer == top)}"
+
+
+def _finite(x: Array) -> bool:
+    return bool(jnp.all(jnp.isfinite(x)))
