@@ -13,6 +13,7 @@ import jax
 
 from calibrate.arms import PRESETS, AblateConfig, parse_arm
 from calibrate.workbench import Workbench, log
+from spear_jax.atomic import writing_file
 from spear_jax.cli import parse_flags, run_main
 from spear_jax.versions import package_versions
 
@@ -50,8 +51,8 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
         bytes_ = f"{100 * result.get('overhead_of_model', 0):.3f}% of the model"
         log(f"{arm.name}: {share} | of the RTN gap {part}, of the base's {own} | {bytes_} | {result['seconds']:.0f} s")
         if config.output is not None:
-            config.output.parent.mkdir(parents=True, exist_ok=True)
-            config.output.write_text(json.dumps(results, indent=1) + "\n")
+            with writing_file(config.output) as stream:
+                stream.write(json.dumps(results, indent=1).encode() + b"\n")
     return results
 
 

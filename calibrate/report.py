@@ -6,6 +6,7 @@ from typing import Any
 
 from calibrate.charts import Bar, Line, escape, grouped_columns, heat_map, horizontal_bars, lines, number
 from calibrate.results import DECILES, CalibrationResult, Gap
+from spear_jax.atomic import writing_file
 
 HTML, JSON = "report.html", "report.json"
 
@@ -62,9 +63,9 @@ def write_report(result: CalibrationResult, directory: str | Path) -> tuple[Path
     """Write `report.html` and `report.json` into a directory and give their paths."""
     directory = Path(directory)
     page, data = directory / HTML, directory / JSON
-    directory.mkdir(parents=True, exist_ok=True)
-    data.write_text(result.to_json(), encoding="utf-8")
-    page.write_text(render_html(result), encoding="utf-8")
+    for path, text in ((data, result.to_json()), (page, render_html(result))):
+        with writing_file(path) as stream:
+            stream.write(text.encode())
     return page, data
 
 

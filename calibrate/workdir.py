@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+
+from spear_jax.atomic import writing_file
 
 _FORMAT = 2
 """Part of every key: raised when what a stage writes changes its meaning."""
@@ -92,19 +93,8 @@ class WorkDirectory:
         named = {_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)}
         values["dtypes"] = {name: array.dtype.name for name, array in named.items()}
         stored = {f"array.{name}": _storable(array) for name, array in named.items()}
-        self.path.mkdir(parents=True, exist_ok=True)
-        file = self._file(stage, key)
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
-            with partial.open("wb") as stream:
-                np.savez(stream, allow_pickle=False, values=np.asarray(json.dumps(values)), **stored)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(file)
-        except OSError as error:
-            raise OSError(f"{file}: cannot save the state of the calibration: {error.strerror or error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        with writing_file(self._file(stage, key)) as stream:
+            np.savez(stream, allow_pickle=False, values=np.asarray(json.dumps(values)), **stored)
 
     def remove(self, stage: str, key: Key) -> None:
         """Forget what a stage saved."""

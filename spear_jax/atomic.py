@@ -1,4 +1,4 @@
-"""Directories that are written whole or not at all, with a manifest that shows later damage."""
+"""Files, and directories with a manifest that shows later damage, that are written whole or not at all."""
 
 import contextlib
 import errno
@@ -9,6 +9,7 @@ import socket
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 MANIFEST = "manifest.json"
 
@@ -42,6 +43,32 @@ def writing_directory(path: str | Path, *, size: int, overwrite: bool = False) -
         if _is_disk_full(error):
             raise OSError(f"{path}: disk full while writing {size / 1e6:.1f} MB") from error
         raise
+
+
+@contextlib.contextmanager
+def writing_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Give a stream whose bytes become the file at `path` on leaving; if the block raises, what was there stays.
+
+    What killed writers of `path` on this machine left is removed first.
+
+    Raises:
+        OSError: The disk is full or cannot be written.
+    """
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in _leftovers(path, "partial"):
+        leftover.unlink(missing_ok=True)
+    partial = _sibling(path, "partial")
+    try:
+        with partial.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def verify_manifest(path: Path, *, contents: bool) -> None:

@@ -1,3 +1,5 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +91,54 @@ def test_bad_texts_are_named(tmp_path, name, content, message):
 def test_a_missing_text_is_no_dataset():
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_texts("./missing.txt")
+
+
+@pytest.fixture
+def datasets_folder(tmp_path, monkeypatch):
+    """A working directory with folders that `datasets` takes for those of its hub."""
+    rows = {
+        "org/plain/train.jsonl": [{"text": "one"}, {"text": "two"}],
+        "org/plain/test.jsonl": [{"text": "three"}],
+        "org/subsets/a.jsonl": [{"text": "in a"}],
+        "org/subsets/b.jsonl": [{"text": "in b"}],
+        "org/others/train.jsonl": [{"body": "no text"}],
+        "org/empty/train.jsonl": [{"text": " "}],
+    }
+    for name, lines in rows.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in "ab")
+    (tmp_path / "org/subsets/README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "texts"),
+    [
+        ("org/plain", ["one", "two"]),
+        ("org/plain@test", ["three"]),
+        ("org/subsets:b", ["in b"]),
+        ("org/subsets:a@train", ["in a"]),
+    ],
+)
+@pytest.mark.usefixtures("datasets_folder")
+def test_texts_of_a_dataset(source, texts):
+    assert read_texts(source) == texts
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("org/others", 'dataset org/others: rows have no "text" column'),
+        ("org/plain@part", "dataset org/plain@part: cannot be read: .*train"),
+        ("org/subsets", "dataset org/subsets: cannot be read: Config name is missing"),
+        ("org/empty", "org/empty: the calibration text is empty"),
+    ],
+)
+@pytest.mark.usefixtures("datasets_folder")
+def test_bad_datasets_are_named(source, message):
+    with pytest.raises(ValueError, match=message):
+        read_texts(source)
 
 
 def test_cuts_are_drawn_without_replacement():

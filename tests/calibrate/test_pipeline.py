@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -142,14 +144,18 @@ def command(arguments: list[str], capsys, monkeypatch) -> tuple[int, str]:
     return leaving.value.code, capsys.readouterr().err
 
 
+def flags(source: Path, words: Path, output: Path) -> list[str]:
+    return (
+        f"--model {source} --output {output} --eval-text {words} --eval-window 32 --eval-windows 3 --quantizer rtn "
+        "--sequences 8 --length 16 --moment-sequences 8 --zero-byte --damage-sequences 0 --placement uniform "
+        "--gate static --steps 3 --batch-size 4 --budget 0.2 --held-out 0.2"
+    ).split()
+
+
 def test_mistakes_give_one_line_and_status_2(tiny_source, words, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "short.txt").write_text("w5 w6 w7")
-    common = [
-        *("--model", str(tiny_source), "--output", str(tmp_path / "out"), "--eval-text", str(words)),
-        *("--eval-window", "32", "--quantizer", "rtn", "--sequences", "4", "--length", "16", "--zero-byte"),
-        *("--damage-sequences", "0", "--placement", "uniform", "--gate", "static"),
-    ]
+    common = flags(tiny_source, words, tmp_path / "out")
     cases = [
         (["--text", str(tmp_path / "empty.txt")], "the calibration text is empty"),
         (["--text", str(tmp_path / "short.txt")], "has 3 tokens, expected at least 32"),
@@ -167,6 +173,62 @@ def test_mistakes_give_one_line_and_status_2(tiny_source, words, tmp_path, capsy
         assert last.startswith("error: "), err
         assert message in last
         assert "Traceback" not in err
+
+
+def test_too_little_memory_says_what_to_lower_and_loses_nothing(tiny_source, words, tmp_path, capsys, monkeypatch):
+    arguments = flags(tiny_source, words, tmp_path)
+    # A petabyte: the error is XLA's own.
+    monkeypatch.setattr("calibrate.stages.second_moments", lambda *_, **__: jnp.zeros((1 << 50,), jnp.int8))
+    status, err = command(arguments, capsys, monkeypatch)
+    assert status == 2, err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: the device is out of memory: lower --batch-size (4), --length (16) or --sequences")
+    monkeypatch.undo()
+    status, err = command(arguments, capsys, monkeypatch)
+    assert status == 0, err
+    assert "text: done before" in err
+
+
+def test_a_full_disk_stops_with_one_line_and_loses_nothing(tiny_source, words, tmp_path, capsys, monkeypatch):
+    arguments = flags(tiny_source, words, tmp_path)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Room for the text's tokens, not for weights. The system refuses the rest, as it does on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, most))
+    try:
+        status, err = command(arguments, capsys, monkeypatch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert status == 2, err
+    last = err.strip().splitlines()[-1]
+    assert re.fullmatch(r"error: \S+/work/quantize-\w+\.npz: cannot be written: File too large", last)
+    assert [path.name.partition("-")[0] for path in (tmp_path / "work").iterdir()] == ["text"]
+    status, err = command(arguments, capsys, monkeypatch)
+    assert status == 0, err
+    assert "text: done before" in err
+
+
+def test_text_may_be_a_dataset_and_training_stops_early(tiny_source, words, tmp_path, capsys, monkeypatch):
+    (tmp_path / "org/name").mkdir(parents=True)
+    text = " ".join(f"w{3 + i % 20}" for i in range(200))
+    (tmp_path / "org/name/train.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    monkeypatch.chdir(tmp_path)
+    # Steps of twice a factor's size do harm.
+    config = dataclasses.replace(
+        SMALL, model=str(tiny_source), eval_text=(words,), text=("org/name",), output=tmp_path / "out", steps=60,
+        save_every=1, patience=2, factor_rate=2.0, local_steps=3,
+    )  # fmt: skip
+    outcome = run(config)
+    (tokens,) = (np.load(path)["array.tokens"] for path in (tmp_path / "out/work").glob("text-*"))
+    assert 3 <= tokens.min() < tokens.max() < 23
+    assert len(outcome.result.curve) < 60
+    losses = [point.held_out_loss for point in outcome.result.curve]
+    assert losses.index(min(losses)) == len(losses) - 3
+    first = capsys.readouterr().err
+    assert "train: stopped early, the last 2 evaluations were no better" in first
+    assert "train locally" in first
+    assert run(dataclasses.replace(config, overwrite=True, patience=3)).result.gaps
+    again = capsys.readouterr().err
+    assert "train locally: done before" in again
 
 
 def test_a_weight_that_is_not_a_number_is_named(tiny_source, words, tmp_path):

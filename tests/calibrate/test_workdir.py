@@ -1,3 +1,8 @@
+import os
+import socket
+import subprocess
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,7 +56,20 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"stage-.*npz: cannot be written: No space left"):
         work.save("stage", key, TREE, step=2)
     assert work.load("stage", key).values == {"step": 1}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    work, key = WorkDirectory(tmp_path), Key.first()
+    work.save("stage", key, TREE)
+    (file,) = tmp_path.iterdir()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for process in (gone.pid, os.getppid()):
+        (tmp_path / f".{file.name}.partial-{socket.gethostname()}-{process}").write_bytes(b"half")
+    work.save("stage", key, TREE, step=2)
+    left = {path.name.rpartition("-")[2] for path in tmp_path.iterdir() if path != file}
+    assert left == {str(os.getppid())}, "a writer that runs keeps what it writes to"
