@@ -1,16 +1,26 @@
 """Public int4 matmul: checks its operands, then hands them to a backend."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
 from pallas_kernels import dispatch
-from pallas_kernels.int4_matmul.operands import Compensator, Gate
+from pallas_kernels.int4_matmul.operands import Compensator, Gate, Layout
 from pallas_kernels.int4_matmul.reference import int4_matmul_xla
 
 __all__ = ["Compensator", "Gate", "int4_matmul"]
 
-_BACKENDS = {"xla": int4_matmul_xla}
+
+def _mosaic_gpu(*args: Any, **kwargs: Any) -> Array:
+    # Imported when first called: a program that never runs on a GPU does not wait for Mosaic.
+    from pallas_kernels.int4_matmul.gpu import int4_matmul_mosaic_gpu
+
+    return int4_matmul_mosaic_gpu(*args, **kwargs)
+
+
+_BACKENDS = {"mosaic_gpu": _mosaic_gpu, "xla": int4_matmul_xla}
 
 
 def int4_matmul(
@@ -23,6 +33,7 @@ def int4_matmul(
     compensator: Compensator | None = None,
     z: Float[Array, "*B R"] | None = None,
     out_dtype: jnp.dtype | type | None = None,
+    layout: Layout = "rows",
     implementation: dispatch.Implementation | None = None,
 ) -> Float[Array, "*B N"]:
     """Compute `x W^T + bias + (g * A x) B^T` with int4 `W = scale * (code - zero)`, accumulating in float32.
@@ -36,28 +47,37 @@ def int4_matmul(
         compensator: Low-rank term of rank R added in the epilogue (SPEAR, section 2).
         z: The gated coordinates `g * A x` where they are already known, as when several products share one `A`.
         out_dtype: Type of the result; x's by default.
+        layout: "rows", or "fragments": codes as `fragments.to_fragments` orders them, scale and zero as [G, N].
         implementation: Backend; by default the best one for this platform that can do the case.
 
     Raises:
         ValueError: Shapes or types do not fit together; says which and what was expected.
         NotImplementedError: The backend that was asked for cannot do this case.
     """
-    _check(x, packed, scale, zero=zero, bias=bias, compensator=compensator, z=z)
+    if layout not in ("rows", "fragments"):
+        raise ValueError(f"int4_matmul: layout must be rows or fragments, got {layout!r}")
+    _check(x, packed, scale, layout, zero=zero, bias=bias, compensator=compensator, z=z)
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     with jax.named_scope("int4_matmul"):
         return dispatch.call(
-            "int4_matmul", _BACKENDS, implementation, x, packed, scale, zero, bias, compensator, z, out_dtype
+            "int4_matmul",
+            _BACKENDS,
+            implementation,
+            *(x, packed, scale, zero, bias, compensator, z, out_dtype),
+            layout=layout,
         )
 
 
-def _check(x, packed, scale, *, zero, bias, compensator, z) -> None:
+def _check(x, packed, scale, layout, *, zero, bias, compensator, z) -> None:
     if packed.ndim != 2 or packed.dtype != jnp.int8:
         raise ValueError(f"int4_matmul: packed must be int8 [N, K/2], got {packed.dtype}{list(packed.shape)}")
     n, k = packed.shape[0], 2 * packed.shape[1]
     if x.shape[-1] != k or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"int4_matmul: x must be floating [..., {k}] for this weight, got {x.dtype}{list(x.shape)}")
-    if scale.ndim != 2 or scale.shape[0] != n or k % scale.shape[1]:
-        raise ValueError(f"int4_matmul: scale must be [{n}, G] with G dividing {k}, got {list(scale.shape)}")
+    channels, groups = (0, 1) if layout == "rows" else (1, 0)
+    if scale.ndim != 2 or scale.shape[channels] != n or k % scale.shape[groups]:
+        expected = f"[{n}, G]" if layout == "rows" else f"[G, {n}]"
+        raise ValueError(f"int4_matmul: scale must be {expected} with G dividing {k}, got {list(scale.shape)}")
     expected = {"zero": (zero, scale.shape), "bias": (bias, (n,))}
     if z is not None and compensator is None:
         raise ValueError("int4_matmul: z was given without a compensator to apply it")

@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 import jax
 
+Layout = Literal["rows", "fragments"]
+"""Order of the codes of a weight: packed row by row, or as a Hopper warpgroup reads them (`fragments`)."""
+
 # Array fields are annotated `Any`: `jax.tree.map` puts other things than arrays into registered dataclasses.
 
 

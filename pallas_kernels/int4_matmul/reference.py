@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from pallas_kernels.int4_matmul.operands import Compensator, Gate
-from pallas_kernels.packing import unpack_int4
+from pallas_kernels.int4_matmul.operands import Compensator, Gate, Layout
+from pallas_kernels.packing import from_fragments, unpack_int4
 
 _TINY_POWER = 1e-12
 """Mean square of x below which its logarithm is cut off."""
@@ -75,8 +75,12 @@ def int4_matmul_xla(
     compensator: Compensator | None,
     z: Float[Array, "*B R"] | None,
     out_dtype: jnp.dtype,
+    *,
+    layout: Layout = "rows",
 ) -> Float[Array, "*B N"]:
     """Compute what `int4_matmul` documents: products of x's dtype, sums and epilogue in float32."""
+    if layout == "fragments":
+        packed, scale, zero = from_fragments(packed), scale.T, None if zero is None else zero.T
     # One scale a row factors out of the sum, so codes, exact in any float type, are what gets multiplied.
     factored = scale.shape[-1] == 1 and zero is None
     weight = unpack_int4(packed).astype(x.dtype) if factored else dequantize(packed, scale, zero, dtype=x.dtype)

@@ -1,0 +1,185 @@
+"""`int4_matmul` on a Hopper GPU: brings operands into the kernel's form and chooses how to cut the product up."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int8, Shaped
+
+from pallas_kernels import tuning
+from pallas_kernels.int4_matmul.hopper import SHARED_BYTES, HopperConfig, int4_matmul_hopper
+from pallas_kernels.int4_matmul.operands import Compensator, Layout
+from pallas_kernels.int4_matmul.reference import compensator_coordinates
+from pallas_kernels.packing import SIDE, to_fragments
+
+_RANK_STEP = 16
+"""Ranks are padded to multiples of the columns of one wgmma."""
+
+_TILES_M = (8, 16, 32, 64, 128, 256)
+_MULTIPROCESSORS = 132
+_SPARE_BYTES = 12_288
+"""Shared memory left for scales of groups and low-rank factors."""
+
+_WARPGROUPS = 4
+"""Computing warpgroups that keep a multiprocessor of Hopper busy."""
+
+
+def int4_matmul_mosaic_gpu(
+    x: Float[Array, "*B K"],
+    packed: Int8[Array, "N K/2"],
+    scale: Float[Array, "N G"],
+    zero: Int8[Array, "N G"] | None,
+    bias: Float[Array, " N"] | None,
+    compensator: Compensator | None,
+    z: Float[Array, "*B R"] | None,
+    out_dtype: jnp.dtype,
+    *,
+    layout: Layout = "rows",
+    config: HopperConfig | None = None,
+    interpret: plgpu.InterpretGPUParams | bool = False,
+) -> Float[Array, "*B N"]:
+    """Compute what `int4_matmul` documents; z in bfloat16, group scales of 128 and more rows of x likewise.
+
+    Weights laid out by rows are reordered at every call: for speed, lay them out as fragments once.
+
+    Raises:
+        NotImplementedError: x is not bfloat16, the result neither that nor float32, the GPU is no Hopper, or the shape
+            cannot be cut up as `config` says.
+    """
+    if x.dtype != jnp.bfloat16 or out_dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"the GPU kernel multiplies bfloat16, got {x.dtype} to {out_dtype}")
+    if jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") != "9.0":
+        raise NotImplementedError(f"the GPU kernel is for Hopper, not {jax.devices()[0].device_kind}")
+    *batch, k = x.shape
+    n = packed.shape[0]
+    rows = x.reshape(-1, k)
+    m = rows.shape[0]
+    if layout == "rows":
+        rows, packed, scale, zero, bias = _pad_and_reorder(rows, packed, scale, zero, bias)
+    b = None
+    if compensator is not None:
+        z = compensator_coordinates(x, compensator) if z is None else z
+        z, b = _low_rank(z.reshape(m, -1), compensator, packed.shape[0])
+    if config is None:
+        config = choose_config(
+            m, packed.shape[0], rows.shape[1], groups=scale.shape[0], rank=0 if b is None else b.shape[1]
+        )
+    padding = -m % config.tile_m
+    rows = jnp.pad(rows, ((0, padding), (0, 0)))
+    z = None if z is None else jnp.pad(z, ((0, padding), (0, 0)))
+    y = int4_matmul_hopper(
+        rows, packed, scale, zero, bias, b, z, config=config, out_dtype=out_dtype, interpret=interpret
+    )
+    return y[:m, :n].reshape(*batch, n)
+
+
+def _pad_and_reorder(x, packed, scale, zero, bias) -> tuple:
+    """Bring operands laid out by rows into fragments, filling sides up to multiples of 64 with zeros."""
+    (n, half), groups = packed.shape, scale.shape[1]
+    more_n, k = -n % SIDE, 2 * half
+    group = k if groups == 1 else k // groups
+    more_k = -k % SIDE
+    more_groups = 0 if groups == 1 else -(-(k + more_k) // group) - groups
+    if groups > 1 and (k + more_k) % group:
+        raise NotImplementedError(f"{k} columns in groups of {group} cannot be filled up to a multiple of {SIDE}")
+    x = jnp.pad(x, ((0, 0), (0, more_k)))
+    packed = to_fragments(jnp.pad(packed, ((0, more_n), (0, more_k // 2))))
+    grouped = ((0, more_n), (0, more_groups))
+    scale = jnp.pad(scale, grouped).T
+    zero = None if zero is None else jnp.pad(zero, grouped).T
+    bias = None if bias is None else jnp.pad(bias, (0, more_n))
+    return x, packed, scale, zero, bias
+
+
+def _low_rank(
+    z: Float[Array, "M R"], compensator: Compensator, n: int
+) -> tuple[Float[Array, "M P"], Shaped[Array, "N P"]]:
+    """Give coordinates with B's scales in them, and B, at a rank that wgmma takes."""
+    if compensator.bt_scale is not None:
+        z = z * compensator.bt_scale.astype(z.dtype)
+    bt = compensator.bt if compensator.bt.dtype == jnp.int8 else compensator.bt.astype(jnp.bfloat16)
+    more = -bt.shape[0] % _RANK_STEP
+    b = jnp.pad(bt.T, ((0, n - bt.shape[1]), (0, more)))
+    return jnp.pad(z.astype(jnp.bfloat16), ((0, 0), (0, more))), b
+
+
+def choose_config(m: int, n: int, k: int, *, groups: int = 1, rank: int = 0) -> HopperConfig:
+    """Give the tuned configuration for this device and shape, or what a rule of thumb makes of it.
+
+    Raises:
+        NotImplementedError: No configuration fits the shape.
+    """
+    tile_m = tile_rows(m)
+    tuned = tuning.lookup("int4_matmul", {"tile_m": tile_m, "n": n, "k": k, "groups": groups, "rank": rank})
+    return HopperConfig(**tuned) if tuned is not None else _rule_of_thumb(m, n, k, groups)
+
+
+def tile_rows(m: int) -> int:
+    """Give the rows of x that a block takes where there are m."""
+    return next((tile for tile in _TILES_M if tile >= m), _TILES_M[-1])
+
+
+@functools.cache
+def _rule_of_thumb(m: int, n: int, k: int, groups: int) -> HopperConfig:
+    fitting = candidates(tile_rows(m), n, k, groups=groups)
+    if not fitting:
+        raise NotImplementedError(f"no configuration fits a weight [{n}, {k}] with {groups} groups")
+    return rank_by_rule(fitting, m, n, k)[0]
+
+
+def rank_by_rule(configs: list[HopperConfig], m: int, n: int, k: int) -> list[HopperConfig]:
+    """Sort configurations by what they should take, the best first: a guess from how evenly work is spread."""
+
+    def cost(config: HopperConfig) -> tuple:
+        blocks = -(-m // config.tile_m) * n // SIDE // config.row_tiles * config.splits
+        compute = config.row_tiles * config.k_parts
+        resident = max(1, _WARPGROUPS // compute)
+        waves = -(-blocks // (_MULTIPROCESSORS * resident))
+        steps = k // SIDE // config.parts / config.blocks
+        # Work of the longest multiprocessor, in blocks of codes; among equals, the fewest reads of x.
+        work = waves * resident * compute * steps * config.blocks
+        return work + 4 * config.splits, -config.row_tiles, -config.blocks
+
+    return sorted(configs, key=cost)
+
+
+def candidates(tile_m: int, n: int, k: int, *, groups: int = 1) -> list[HopperConfig]:
+    """List the configurations that fit a shape, for tuning."""
+    found = []
+    large = tile_m >= 128
+    for row_tiles in (1, 2, 3, 4):
+        for k_parts in (1,) if large else (1, 2, 4):
+            for splits in (1, 2, 4) if large else (1, 2, 4, 8):
+                for blocks in (1, 2):
+                    if row_tiles * k_parts > (2 if large else _WARPGROUPS):
+                        continue
+                    config = HopperConfig(
+                        tile_m=tile_m,
+                        row_tiles=row_tiles,
+                        k_parts=k_parts,
+                        splits=splits,
+                        blocks=blocks,
+                        ahead=4 // blocks,
+                        slots=4,
+                    )
+                    if _fits(config, n, k, groups):
+                        found.append(config)
+    return found
+
+
+def _fits(config: HopperConfig, n: int, k: int, groups: int) -> bool:
+    try:
+        config.check(n=n, k=k)
+    except NotImplementedError:
+        return False
+    step = SIDE * config.blocks
+    longest = k // groups
+    if groups > 1 and step % longest and longest % step:
+        return False
+    steps = k // SIDE // config.parts // config.blocks
+    ring = config.k_parts * min(config.slots, steps) * config.tile_m * step * 2
+    share = config.tile_m // config.reducers
+    sums = config.parts * config.row_tiles * SIDE * share * 4 if config.parts > 1 else 0
+    result = config.row_tiles * share * SIDE * 2
+    return ring + sums + result + _SPARE_BYTES <= SHARED_BYTES

@@ -1,0 +1,427 @@
+"""Int4 matmul for Hopper in Mosaic GPU: weights go from global memory through registers into the tensor cores.
+
+A block of threads computes `row_tiles` x 64 output channels for `tile_m` rows of x. The weight is the left operand of
+wgmma (operands swapped), so that a few rows of x cost few columns of tensor-core work; each warpgroup loads its codes
+straight into registers, some steps ahead, and turns them into bfloat16 there. Codes have no use for shared memory: no
+byte of them is read by two threads. x comes through shared memory by TMA, which one further warpgroup issues. K may be
+split over `k_parts` warpgroups of a block and over the `splits` blocks of a cluster; partial sums meet in shared memory
+of the cluster, each block summing its share of the rows of x in fixed order, so that results do not depend on timing.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, BFloat16, Float, Int8, Shaped
+
+from pallas_kernels.int4_matmul.fragments import BLOCK_BYTES, ROWS, hold, read_words, unpack_words
+from pallas_kernels.packing import SIDE
+
+SHARED_BYTES = 232_448
+"""Shared memory that a block may have on Hopper."""
+
+_REGISTERS = 65_536
+_FEEDER_REGISTERS = 40
+
+_WGMMA = plgpu.Layout.WGMMA
+_Accumulator: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+_tiling: Any = plgpu.TilingTransform
+_swizzle: Any = plgpu.SwizzleTransform
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HopperConfig:
+    """How a product is cut up.
+
+    `tile_m` rows of x a block takes (a multiple of 8, at most 256); `row_tiles` warpgroups side by side, 64 output
+    channels each; `k_parts` warpgroups and `splits` blocks of a cluster that share K; `blocks` of 64 columns in a step;
+    `ahead` steps that weights are loaded ahead, in registers; `slots` steps of x in shared memory; `overlap` lets the
+    kernel start while the one before it still runs.
+    """
+
+    tile_m: int
+    row_tiles: int = 1
+    k_parts: int = 1
+    splits: int = 1
+    blocks: int = 2
+    ahead: int = 2
+    slots: int = 4
+    overlap: bool = True
+
+    def check(self, *, n: int, k: int) -> None:
+        """Raise NotImplementedError where a weight [n, k] cannot be cut up like this."""
+        if self.tile_m % 8 or not 8 <= self.tile_m <= 256:
+            raise NotImplementedError(f"tile_m must be a multiple of 8 up to 256, got {self.tile_m}")
+        if n % (SIDE * self.row_tiles):
+            raise NotImplementedError(f"{n} output channels are no multiple of {self.row_tiles} tiles of {SIDE}")
+        share = SIDE * self.k_parts * self.splits * self.blocks
+        if k % share:
+            raise NotImplementedError(f"{k} columns are no multiple of {share}: 64 x k_parts x splits x blocks")
+
+    @property
+    def parts(self) -> int:
+        """Pieces that K is cut into."""
+        return self.k_parts * self.splits
+
+    @property
+    def reducers(self) -> int:
+        """Blocks of a cluster that sum partial results, each for tile_m / reducers rows of x."""
+        return math.gcd(self.splits, self.tile_m // 8)
+
+
+def int4_matmul_hopper(
+    x: BFloat16[Array, "M K"],
+    packed: Int8[Array, "N K/2"],
+    scale: Float[Array, "G N"],
+    zero: Int8[Array, "G N"] | None,
+    bias: Float[Array, " N"] | None,
+    b: Shaped[Array, "N R"] | None,
+    z: BFloat16[Array, "M R"] | None,
+    *,
+    config: HopperConfig,
+    out_dtype: jnp.dtype,
+    interpret: plgpu.InterpretGPUParams | bool = False,
+) -> Float[Array, "M N"]:
+    """Compute `x W^T + bias + z b^T`, W in the order of `fragments`; M a multiple of tile_m, R of 16.
+
+    Raises:
+        NotImplementedError: The shapes cannot be cut up as `config` says.
+    """
+    (m, k), n = x.shape, packed.shape[0]
+    config.check(n=n, k=k)
+    assert m % config.tile_m == 0
+    assert b is None or b.shape[1] % 16 == 0
+    optional = {"zero": zero, "bias": bias, "b": b, "z": z}
+    given = {name: operand for name, operand in optional.items() if operand is not None}
+    kernel = _Kernel(config, n=n, k=k, groups=scale.shape[0], out_dtype=out_dtype, interpret=bool(interpret))
+    shared = kernel.scratch(scale, zero, b)
+
+    def body(packed, scale, x, *rest):
+        refs = dict(zip((*given, "out", *shared), rest, strict=True))
+        kernel(packed=packed, scale=scale, x=x, **refs)
+
+    run = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((m, n), out_dtype),
+        grid=(n // (SIDE * config.row_tiles), m // config.tile_m),
+        grid_names=("n", "m"),
+        cluster=(config.splits,),
+        cluster_names=("split",),
+        num_threads=config.row_tiles * config.k_parts + 1,
+        thread_name="warpgroup",
+        scratch_types=list(shared.values()),
+        interpret=interpret,
+    )
+    return run(packed.reshape(n // SIDE, -1), scale, x, *given.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    """The program of a block, for shapes and settings that are known while it is traced."""
+
+    config: HopperConfig
+    n: int
+    k: int
+    groups: int
+    out_dtype: jnp.dtype
+    interpret: bool
+
+    @property
+    def part_blocks(self) -> int:
+        return self.k // SIDE // self.config.parts
+
+    @property
+    def steps(self) -> int:
+        return self.part_blocks // self.config.blocks
+
+    @property
+    def slots(self) -> int:
+        return min(self.config.slots, self.steps)
+
+    @property
+    def piece(self) -> int:
+        """Columns that one chain of wgmma takes: a step's, or a group's where those are fewer."""
+        return min(SIDE * self.config.blocks, self.k // self.groups)
+
+    @property
+    def scaled_weights(self) -> bool:
+        """Say whether group scales go onto weights, where accumulators for each group would take too many registers."""
+        return self.groups > 1 and self.config.tile_m > 64
+
+    @property
+    def overlap(self) -> bool:
+        return self.config.overlap and not self.interpret
+
+    @property
+    def registers(self) -> int | None:
+        """Registers that a computing thread gets from the feeding warpgroup's; None leaves all as they are.
+
+        What is taken and given must balance within the registers that the block starts with: a warpgroup that asks for
+        more than there are waits for ever.
+        """
+        if self.interpret or self.config.tile_m < 128:
+            return None
+        compute = self.config.row_tiles * self.config.k_parts
+        start = min(255, _REGISTERS // (128 * (compute + 1))) // 8 * 8
+        return min(240, (start * (compute + 1) - _FEEDER_REGISTERS) // compute // 8 * 8)
+
+    @property
+    def pieces(self) -> int:
+        """Chains of wgmma in a step."""
+        return SIDE * self.config.blocks // self.piece
+
+    def scratch(self, scale, zero, b) -> dict:
+        config = self.config
+        step, tile_m, share = SIDE * config.blocks, config.tile_m, config.tile_m // config.reducers
+        chunk = min(SIDE, self.piece)  # columns of a swizzled tile of x: no chain of wgmma may begin inside one
+        rings = config.k_parts * self.slots
+        shapes = {
+            "x_ring": _shared((config.k_parts, self.slots, tile_m, step), jnp.bfloat16, row=chunk * 2),
+            "x_full": plgpu.Barrier(num_barriers=rings),
+            "x_empty": plgpu.Barrier(num_arrivals=config.row_tiles, num_barriers=rings),
+            "y_tile": _shared((config.row_tiles, share, SIDE), self.out_dtype, row=128),
+        }
+        if config.parts > 1:
+            shapes["sums"] = _shared((config.parts, config.row_tiles, SIDE, share), jnp.float32, row=share * 4)
+            shapes["sums_full"] = plgpu.Barrier(num_arrivals=config.parts, num_barriers=config.row_tiles)
+        if self.groups > 1:
+            shapes["x_full"] = plgpu.Barrier(num_arrivals=2 if zero is None else 3, num_barriers=rings)
+            values = (config.k_parts, self.slots, self.pieces, SIDE * config.row_tiles)
+            shapes["scale_ring"] = plgpu.SMEM(values, scale.dtype)
+            if zero is not None:
+                shapes["zero_ring"] = plgpu.SMEM(values, zero.dtype)
+        if b is not None:
+            rank = b.shape[1]
+            shapes["b_tile"] = plgpu.SMEM((SIDE * config.row_tiles, rank), b.dtype)
+            shapes["z_tile"] = _shared((tile_m, rank), jnp.bfloat16, row=rank * 2)
+            shapes["z_full"] = plgpu.Barrier(num_arrivals=2)
+        return shapes
+
+    def __call__(self, **refs) -> None:
+        compute = self.config.row_tiles * self.config.k_parts
+        warpgroup = lax.axis_index("warpgroup")
+
+        registers = self.registers
+
+        @pl.when(warpgroup == compute)
+        def _():
+            if registers is not None:
+                plgpu.set_max_registers(_FEEDER_REGISTERS, action="decrease")
+            self._feed(**refs)
+
+        @pl.when(warpgroup < compute)
+        def _():
+            if registers is not None:
+                plgpu.set_max_registers(registers, action="increase")
+            self._compute(warpgroup, **refs)
+
+    def _feed(self, *, x, x_ring, x_full, x_empty, scale, zero=None, b=None, z=None, **refs) -> None:
+        """Bring x and groups' scales into shared memory, step by step for each part of K."""
+        config = self.config
+        channels = pl.ds(lax.axis_index("n") * config.row_tiles * SIDE, config.row_tiles * SIDE)
+        if b is not None:
+            plgpu.copy_gmem_to_smem(b.at[channels], refs["b_tile"], refs["z_full"])
+        rows = pl.ds(lax.axis_index("m") * config.tile_m, config.tile_m)
+        if self.overlap:
+            plgpu.griddepcontrol_wait()
+        if z is not None:
+            plgpu.copy_gmem_to_smem(z.at[rows], refs["z_tile"], refs["z_full"])
+
+        def step(i, _):
+            slot = lax.rem(i, jnp.int32(self.slots))
+            for part in range(config.k_parts):
+                at = part * self.slots + slot
+
+                @pl.when(i >= self.slots)
+                def _(at=at):
+                    plgpu.barrier_wait(x_empty.at[at])
+
+                block = (lax.axis_index("split") * config.k_parts + part) * self.part_blocks + i * config.blocks
+                columns = pl.ds(block * SIDE, SIDE * config.blocks)
+                plgpu.copy_gmem_to_smem(x.at[rows, columns], x_ring.at[part, slot], x_full.at[at])
+                if self.groups > 1:
+                    groups = pl.ds(block * SIDE * self.groups // self.k, self.pieces)
+                    plgpu.copy_gmem_to_smem(
+                        scale.at[groups, channels], refs["scale_ring"].at[part, slot], x_full.at[at]
+                    )
+                    if zero is not None:
+                        plgpu.copy_gmem_to_smem(
+                            zero.at[groups, channels], refs["zero_ring"].at[part, slot], x_full.at[at]
+                        )
+
+        lax.fori_loop(0, self.steps, step, None)
+        for at in range(config.k_parts * self.slots):
+            plgpu.barrier_wait(x_empty.at[at])
+
+    def _compute(self, warpgroup, *, packed, scale, x_ring, x_full, x_empty, zero=None, **refs) -> None:
+        """Multiply the codes of a tile of 64 output channels with a part of K."""
+        config = self.config
+        k_part, row_tile = warpgroup // config.row_tiles, warpgroup % config.row_tiles
+        tile = lax.axis_index("n") * config.row_tiles + row_tile
+        part = lax.axis_index("split") * config.k_parts + k_part
+        rows = pl.ds(tile * SIDE, SIDE)
+
+        def fetch(i):
+            block = part * self.part_blocks + i * config.blocks
+            source = packed.at[tile, pl.ds(block * BLOCK_BYTES, BLOCK_BYTES * config.blocks)]
+            return read_words(source, config.blocks, interpret=self.interpret)
+
+        def group_values(ring, slot, dtype):
+            channels = pl.ds(row_tile * SIDE, SIDE)
+            return tuple(_row_values(ring.at[k_part, slot, j, channels]).astype(dtype) for j in range(self.pieces))
+
+        row_scale = row_zero = None
+        if self.groups == 1:
+            row_scale = _row_values(scale.at[0, rows]).astype(jnp.float32)
+            row_zero = None if zero is None else _row_values(zero.at[0, rows]).astype(jnp.int32)
+
+        def multiply(i, words, acc, total):
+            slot = lax.rem(i, jnp.int32(self.slots))
+            at = k_part * self.slots + slot
+            scales, zeros = (), () if row_zero is None else (row_zero,) * self.pieces
+            if self.groups > 1:
+                plgpu.barrier_wait(x_full.at[at])
+                scales = group_values(refs["scale_ring"], slot, jnp.float32)
+                zeros = () if zero is None else group_values(refs["zero_ring"], slot, jnp.int32)
+            weights = unpack_words(
+                words,
+                columns=self.piece,
+                zeros=zeros,
+                scales=scales if self.scaled_weights else (),
+                interpret=self.interpret,
+            )
+            if self.groups == 1:
+                plgpu.barrier_wait(x_full.at[at])
+            columns = [x_ring.at[k_part, slot, :, pl.ds(j * self.piece, self.piece)] for j in range(self.pieces)]
+            if acc is not None:
+                for weight, column in zip(weights, columns, strict=True):
+                    plgpu.wgmma(acc, weight, column.T)
+                plgpu.wgmma_wait(0)
+            else:
+                total = total + self._scaled_sum(weights, columns, scales)
+            plgpu.barrier_arrive(x_empty.at[at])
+            return total
+
+        ahead = min(config.ahead, self.steps)
+
+        def run(acc):
+            total = jnp.float32(0) if acc is not None else plgpu.layout_cast(self._zeros(), _WGMMA)
+            ring = [fetch(jnp.int32(i)) for i in range(ahead)]
+            turns = (self.steps - ahead) // ahead
+
+            def turn(o, carry):
+                ring, total = list(carry[0]), carry[1]
+                for d in range(ahead):
+                    i = o * ahead + d
+                    total = multiply(i, ring[d], acc, total)
+                    ring[d] = fetch(i + ahead)
+                return tuple(ring), total
+
+            ring, total = lax.fori_loop(0, turns, turn, (tuple(ring), total))
+            ring = list(ring)
+            for i in range(turns * ahead, self.steps):
+                total = multiply(jnp.int32(i), ring[i % ahead], acc, total)
+                if i + ahead < self.steps:
+                    ring[i % ahead] = fetch(jnp.int32(i + ahead))
+            return total if acc is None else hold(acc[...], interpret=self.interpret)
+
+        if self.groups == 1 or self.scaled_weights:
+            y = pl.run_scoped(run, _Accumulator((SIDE, config.tile_m), jnp.float32))
+        else:
+            y = run(None)
+        if self.overlap:
+            plgpu.griddepcontrol_launch_dependents()
+        self._reduce(y, k_part=k_part, part=part, row_tile=row_tile, tile=tile, row_scale=row_scale, **refs)
+
+    def _zeros(self) -> jax.Array:
+        return jnp.zeros((SIDE, self.config.tile_m), jnp.float32)
+
+    def _scaled_sum(self, weights, columns, scales) -> jax.Array:
+        """Sum products of groups, each in accumulators of its own, times the groups' scales, in float32."""
+
+        def products(*accs):
+            for acc, weight, column in zip(accs, weights, columns, strict=True):
+                plgpu.wgmma(acc, weight, column.T)
+            plgpu.wgmma_wait(0)
+            return [hold(acc[...], interpret=self.interpret) for acc in accs]
+
+        shape = (SIDE, self.config.tile_m)
+        sums = pl.run_scoped(products, *[_Accumulator(shape, jnp.float32)] * len(weights))
+        return functools.reduce(
+            jnp.add, [part * lax.broadcast_in_dim(scale, shape, (0,)) for part, scale in zip(sums, scales, strict=True)]
+        )
+
+    def _reduce(self, y, *, k_part, part, row_tile, **refs) -> None:
+        """Bring the partial sums of a tile together and store it."""
+        config = self.config
+        finish = functools.partial(self._finish, row_tile=row_tile, **refs)
+        if config.parts == 1:
+            finish(y, 0)
+            return
+        sums, sums_full = refs["sums"], refs["sums_full"].at[row_tile]
+        share = config.tile_m // config.reducers
+        if config.splits == 1:
+            sums[part, row_tile] = y
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(sums_full)
+        else:
+            for i in range(config.reducers):
+                piece, place = y[:, i * share : (i + 1) * share], sums.at[part, row_tile]
+                plgpu.async_store_smem(piece, place, sums_full, cluster_idx=jnp.int32(i), cluster_dim="split")
+        split = lax.axis_index("split")
+
+        @pl.when((k_part == 0) & (split < config.reducers))
+        def _():
+            plgpu.barrier_wait(sums_full)
+            total = plgpu.load(sums.at[0, row_tile], layout=_WGMMA)
+            for i in range(1, config.parts):
+                total = total + plgpu.load(sums.at[i, row_tile], layout=_WGMMA)
+            finish(total, split * share if config.reducers > 1 else 0)
+
+    def _finish(self, y, first, *, row_tile, tile, row_scale, out, y_tile, bias=None, b=None, **refs) -> None:
+        """Scale, add bias and low-rank term, and store the columns of y that are rows `first` on of the tile's x."""
+        rows = pl.ds(tile * SIDE, SIDE)
+        if row_scale is not None:
+            y = y * lax.broadcast_in_dim(row_scale, y.shape, (0,))
+        if bias is not None:
+            y = y + lax.broadcast_in_dim(_row_values(bias.at[rows]).astype(jnp.float32), y.shape, (0,))
+        if b is not None:
+            y = self._add_low_rank(y, first, row_tile, **refs)
+        y_tile.at[row_tile].T[...] = plgpu.layout_cast(y.astype(self.out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+        plgpu.commit_smem()
+        place = lax.axis_index("m") * self.config.tile_m + first
+        plgpu.copy_smem_to_gmem(y_tile.at[row_tile], out.at[pl.ds(place, y.shape[1]), rows])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def _add_low_rank(self, y, first, row_tile, *, b_tile, z_tile, z_full, **_) -> jax.Array:
+        plgpu.barrier_wait(z_full)
+        factor = plgpu.load(b_tile.at[pl.ds(row_tile * SIDE, SIDE)], layout=_WGMMA, optimized=False)
+        factor = factor.astype(jnp.bfloat16)
+        z = z_tile if y.shape[1] == self.config.tile_m else z_tile.at[pl.ds(first, y.shape[1])]
+
+        def product(acc):
+            if not self.interpret:  # the interpreter cannot write accumulators
+                acc[...] = y
+            plgpu.wgmma(acc, factor, z.T)
+            plgpu.wgmma_wait(0)
+            return hold(acc[...], interpret=self.interpret)
+
+        total = pl.run_scoped(product, _Accumulator(y.shape, jnp.float32))
+        return y + total if self.interpret else total
+
+
+def _row_values(ref) -> jax.Array:
+    return plgpu.load(ref, layout=ROWS, optimized=False)
+
+
+def _shared(shape: tuple[int, ...], dtype, *, row: int):
+    """Declare shared memory whose last axis is cut into swizzled pieces of up to `row` bytes."""
+    swizzle = min(128, row)
+    tiling = _tiling((8, swizzle // jnp.dtype(dtype).itemsize))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, _swizzle(swizzle)))
