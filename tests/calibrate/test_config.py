@@ -1,6 +1,9 @@
+import dataclasses
+
 import pytest
 
 from calibrate.config import QUICK, CalibrateConfig, parse
+from calibrate.train import TrainConfig
 
 
 def test_nothing_means_the_demo_and_quick():
@@ -26,6 +29,15 @@ def test_a_file_may_name_what_is_the_default_without_quick(tmp_path):
     assert parse([str(path), "--quick"]).steps == CalibrateConfig().steps != QUICK["steps"]
 
 
+def test_training_takes_its_settings():
+    config = parse(["--steps", "9", "--patience", "2", "--save-every", "7", "--norm-rate", "0.5", "--zero-steps", "5"])
+    assert config.train_config == TrainConfig(
+        steps=9, patience=2, evaluate_every=7, norm_rate=0.5, batch_size=config.batch_size,
+        factor_rate=config.factor_rate, gate_rate=config.gate_rate,
+    )  # fmt: skip
+    assert config.zero_config == dataclasses.replace(config.train_config, steps=5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -38,6 +50,8 @@ def test_a_file_may_name_what_is_the_default_without_quick(tmp_path):
         (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--factor-rate", "0"], "factor_rate must be positive"),
         (["--ema", "1.5"], "ema"),
+        (["--patience", "-1"], "patience must be at least 0, got -1"),
+        (["--local-steps", "-1"], "local_steps must be at least 0, got -1"),
         (["--gate-hidden", "0"], "hidden >= 1"),
         (["--damage-sequences", "0"], "damage_sequences"),
         (["--joint", "scales", "scales"], "twice"),

@@ -111,7 +111,9 @@ def test_finished_stages_are_as_good_as_new(quantizer, tiny_source, words, tmp_p
 
 @pytest.mark.slow
 def test_a_kill_in_training_goes_on_to_the_same_result(tiny_source, words, tmp_path):
-    settings = dataclasses.replace(SMALL, model=str(tiny_source), eval_text=(words,), steps=120, save_every=5)
+    settings = dataclasses.replace(
+        SMALL, model=str(tiny_source), eval_text=(words,), steps=120, save_every=5, patience=0
+    )
     whole = run(dataclasses.replace(settings, output=tmp_path / "whole"))
     out = tmp_path / "killed"
     (tmp_path / "run.json").write_text(json.dumps(settings.as_json() | {"output": str(out)}))
