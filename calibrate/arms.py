@@ -16,7 +16,8 @@ class Arm:
 
     `zero` and `joint` list groups of zero-byte parameters joined by "+" ("scales+norms+codes"): those of `zero` are
     trained before there are compensators, those of `joint` along with them. `pool` is the text to train on: all of it,
-    or only what was sampled from the model. `bits` below eight only tries what factors of fewer bits would be worth.
+    or only what was sampled from the model. `local_steps` train factors against the errors of their own modules first.
+    `bits` below eight only tries what factors of fewer bits would be worth.
     """
 
     name: str = "arm"

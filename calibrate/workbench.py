@@ -192,13 +192,15 @@ class Workbench:
             return error.params, []
         return end.best, [dataclasses.asdict(point) for point in end.curve]
 
-    def damage(self, key: Any, dense: dict[str, jax.Array]) -> np.ndarray:
-        """Measure the damage of each module of a base, once."""
+    def damage(self, key: Any, base: Base, dense: dict[str, jax.Array]) -> np.ndarray:
+        """Measure the damage of each module of a base, once; `dense` are its int4 weights written out."""
         if key not in self._damage:
             with self.timed("damage"):
                 tokens = self.tokens[: self.config.damage_sequences]
+                # AWQ's weights belong to what feeds them: the reference's function behind channel scales.
+                reference = cast_model(base.exact, self.reference.dtype)
                 self._damage[key] = module_damage(
-                    self.reference, dense, tokens, batch_size=self.config.batch_size, attend=self.attend
+                    reference, dense, tokens, batch_size=self.config.batch_size, attend=self.attend
                 )
         return self._damage[key]
 
@@ -244,7 +246,7 @@ class Workbench:
         errors = weight_errors(start.exact, dense)
         damage, base_key = None, (arm.base, *((arm.zero, arm.zero_train, arm.pool) if arm.zero else ()))
         if arm.placement in ("cka", "gain"):
-            damage = self.damage(base_key, dense)
+            damage = self.damage(base_key, start, dense)
         if base_key not in self._low_ranks:
             with self.timed("whitened errors"):
                 self._low_ranks[base_key] = jax.block_until_ready(

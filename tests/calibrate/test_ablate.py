@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from calibrate import ablate as command
-from calibrate.arms import PRESETS, parse_arm
+from calibrate.arms import PRESETS, AblateConfig, Arm, parse_arm
+from calibrate.weights import dense_weights, float_weights
+from calibrate.workbench import Workbench
 
 
 def test_settings_of_an_arm_win_over_common_ones():
@@ -60,3 +62,17 @@ def test_arms_are_measured_and_saved(tiny_source, words, tmp_path, capsys, monke
     assert arms["local"]["initial"] != arms["svd"]["initial"]
     with np.load(tmp_path / "saves" / "joint.npz") as saved:
         assert {"ranges.qkv", "norms.final_norm", "factors.qkv.a", "ranks.qkv", "stored.down.scale"} <= set(saved.files)
+
+
+def test_damage_behind_channel_scales_is_of_rounding_alone(tiny_source, words):
+    """With AWQ a module's weights fit no other model than the one behind the same scales."""
+    bench = Workbench(
+        AblateConfig(model=str(tiny_source), text=(words,), window=32, windows=1, sequences=4, length=16, group_size=32)
+    )
+    base, _ = bench.base(Arm(base="awq"))
+    assert any(
+        np.abs(new - old).max() > 1e-3
+        for new, old in zip(*(float_weights(model).values() for model in (base.exact, bench.exact)), strict=True)
+    )
+    assert np.abs(bench.damage("unrounded", base, float_weights(base.exact))).max() < 1e-5
+    assert bench.damage("rounded", base, dense_weights(base.model)).min() > 1e-5
