@@ -80,8 +80,9 @@ def tune_int4_matmul(problem: Problem, configs: Sequence[HopperConfig]) -> dict[
         settings = dataclasses.asdict(config)
 
         def call(weight, x, config=config):
+            codes, scale = weight
             return int4_matmul_mosaic_gpu(
-                x, *weight, None, None, None, None, jnp.dtype(jnp.bfloat16), layout="fragments", config=config
+                x, codes, scale, None, None, None, None, jnp.dtype(jnp.bfloat16), layout="fragments", config=config
             )
 
         try:

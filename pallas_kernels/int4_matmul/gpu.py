@@ -17,7 +17,15 @@ _RANK_STEP = 16
 """Ranks are padded to multiples of the columns of one wgmma."""
 
 _TILES_M = (8, 16, 32, 64, 128, 256)
-_MULTIPROCESSORS = 132
+_RESIDENT = {1: 132, 2: 132, 4: 120, 8: 104}
+"""Blocks that run at a time, by the size of their clusters: a cluster must fit into one of a GPU's processing clusters.
+
+Measured on an H200: 128 blocks in clusters of four or eight take twice the time of 128 in clusters of two.
+"""
+
+_WAVE_COST = 40
+"""What it costs to start a wave of blocks, in the time that a multiprocessor takes for a block of 64 x 64 codes."""
+
 _SPARE_BYTES = 12_288
 """Shared memory left for scales of groups and low-rank factors."""
 
@@ -134,12 +142,9 @@ def rank_by_rule(configs: list[HopperConfig], m: int, n: int, k: int) -> list[Ho
     def cost(config: HopperConfig) -> tuple:
         blocks = -(-m // config.tile_m) * n // SIDE // config.row_tiles * config.splits
         compute = config.row_tiles * config.k_parts
-        resident = max(1, _WARPGROUPS // compute)
-        waves = -(-blocks // (_MULTIPROCESSORS * resident))
-        steps = k // SIDE // config.parts / config.blocks
-        # Work of the longest multiprocessor, in blocks of codes; among equals, the fewest reads of x.
-        work = waves * resident * compute * steps * config.blocks
-        return work + 4 * config.splits, -config.row_tiles, -config.blocks
+        waves = -(-blocks // (_RESIDENT[config.splits] * max(1, _WARPGROUPS // compute)))
+        work = compute * (k // SIDE // config.parts)
+        return waves * (work + _WAVE_COST), config.splits, -config.row_tiles, -config.blocks
 
     return sorted(configs, key=cost)
 
