@@ -3,7 +3,9 @@ import dataclasses
 import pytest
 
 from calibrate.config import QUICK, CalibrateConfig, parse
+from calibrate.plan import Plan, make_plan
 from calibrate.train import TrainConfig
+from spear_jax.testing import tiny_config
 
 
 def test_nothing_means_the_demo_and_quick():
@@ -74,3 +76,22 @@ def test_settings_are_json_values():
     values = parse(["--eval-text", "a.txt"]).as_json()
     assert values["eval_text"] == ["a.txt"]
     assert values["zero_byte"] == ["scales", "norms"]
+
+
+def test_the_plan_lists_the_stages_that_will_run_and_their_bytes():
+    def planned(*arguments: str) -> Plan:
+        return make_plan(parse(["--quick", *arguments]), tiny_config(), eval_tokens=6144, speed=1e9)
+
+    def names(plan: Plan) -> list[str]:
+        return [stage.name for stage in plan.stages]
+
+    usual = planned()
+    assert names(usual) == [
+        "load", "text", "quantize", "train zero-byte", "diagnose", "place and initialise", "train", "evaluate", "write",
+    ]  # fmt: skip
+    assert usual.budget_bytes == int(0.01 * usual.w4_bytes)
+    local = planned("--local-steps", "100")
+    assert names(local)[5:7] == ["place and initialise", "train locally"]
+    assert local.seconds > usual.seconds
+    assert names(planned("--budget", "0")) == ["load", "text", "quantize", "train zero-byte", "evaluate", "write"]
+    assert "in all" in usual.lines()[-1]
