@@ -70,6 +70,9 @@ class CalibrateConfig:
     """Where ranks go. cka: by marginal gain in the modules that the entropy of CKA damage covers. gain: by marginal
     gain in all. uniform: the same everywhere. random: anywhere."""
 
+    latency_aware: bool = False
+    """For cka and gain: divide a module's damage by the time that a compensator adds to it, measured on this device."""
+
     flatten: float = 0.5
     """Exponent on marginal gains, for cka and gain: below 1 spreads ranks more evenly."""
 

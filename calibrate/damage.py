@@ -76,11 +76,13 @@ def choose_ranks(
     flatten: float = 1.0,
     bits: int = 8,
     low_ranks: dict[str, LowRank] | None = None,
+    latency: Float[np.ndarray, " M"] | None = None,
 ) -> tuple[dict[str, tuple[int, ...]], Placement, Diagnosis | None]:
     """Spend `budget` bytes on ranks; the gates' bytes are counted in.
 
     Rank r + 1 of a module gains `damage * energy[r] / total energy` of the whitened error, to the power `flatten`
     (below one: more even, as training moves factors away from the singular vectors that the energies belong to).
+    With `latency`, what a compensator adds to each module's time, damage counts per time.
     `low_ranks` are the modules' decompositions where they are at hand; `bits` are those of a factor's entries.
 
     Raises:
@@ -89,7 +91,8 @@ def choose_ranks(
     layers = next(iter(errors.values())).shape[0]
     shapes = {name: (error.shape[1], error.shape[2]) for name, error in errors.items()}
     prices = factor_bytes(shapes, bits=bits)
-    diagnosis = None if damage is None else diagnose(damage.reshape(-1))
+    slowness = np.ones(len(MODULES)) if latency is None else latency / latency.mean()
+    diagnosis = None if damage is None else diagnose(damage.reshape(-1), np.tile(slowness, layers))
     by_damage = strategy in ("cka", "gain")
     spectra = {}
     for name, error in errors.items():
@@ -112,7 +115,7 @@ def choose_ranks(
                 assert damage is not None
                 assert diagnosis is not None
                 covered = strategy == "gain" or layer * len(MODULES) + column in diagnosis.chosen
-                weight = damage[layer, column] if covered else 0.0
+                weight = damage[layer, column] / slowness[column] if covered else 0.0
             candidates.append(
                 Candidate(
                     name=f"{name} of layer {layer}",

@@ -111,6 +111,9 @@ def _outcome(run: Workshop, command: Sequence[str]) -> Outcome:
         kind: Literal["gated", "static"] = "gated" if gated else "static"
         stored.append(Variant(kind=kind, label=f"{kind} EC{both}", model=model, key=run.keys["train"]))
         curve += _points(trained, "compensators", config.train_config, "factors")
+    if config.budget and run.latency is not None:
+        times = ", ".join(f"{name} {1e6 * seconds:.1f}" for name, seconds in zip(MODULES, run.latency, strict=True))
+        run.note(f"damage was divided by the time a compensator of rank 4 adds to a token, in microseconds: {times}")
     if config.joint and config.budget:
         run.note(f"{' and '.join(config.joint)} were trained along with the compensators, at no cost in bytes")
     reference = Variant(kind="reference", label="reference", model=run.reference, key=run.keys["load"])

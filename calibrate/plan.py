@@ -103,6 +103,8 @@ def make_plan(config: CalibrateConfig, model: ModelConfig, *, eval_tokens: int, 
         if config.damage_sequences:
             pairs = 4 * (model.num_layers + 1) / 2
             add("diagnose", damage_tokens * pairs * forward, "damage (1 - CKA) of each module alone")
+        if config.latency_aware:
+            add("latency", 0, "time that a compensator adds to each module")
         eigen = 2 * model.num_layers * sum(20 * min(n, k) ** 3 for n, k in shapes)
         add("place and initialise", eigen, f"{config.placement}, {config.budget:.2%} of the bytes, whitened SVD")
         if config.local_steps:

@@ -17,6 +17,7 @@ from calibrate.data import calibration_tokens, read_texts
 from calibrate.imported import align, load_reference, with_imported_grid
 from calibrate.initialize import whitened_svd
 from calibrate.keys import stage_keys
+from calibrate.latency import compensator_latency
 from calibrate.local import train_locally
 from calibrate.progress import Stages
 from calibrate.quantizers import move_channel_scales, quantize_base
@@ -281,6 +282,22 @@ class Workshop:
         self.work.save("diagnose", self.keys["damage"], {"damage": damage}, seconds=self.stages.seconds["diagnose"])
         return damage
 
+    @functools.cached_property
+    def latency(self) -> np.ndarray | None:
+        """Seconds that a compensator adds to each module; None where placement does not ask."""
+        if not self.config.latency_aware:
+            return None
+        saved = self.work.load("latency", self.keys["damage"])
+        if saved is not None:
+            self.stages.resumed("latency", saved.values["seconds"])
+            return saved.arrays["latency"]
+        base = self.base
+        with self.stages.stage("latency"):
+            latency = compensator_latency(base)
+        # Kept, as another measurement would place other ranks.
+        self.work.save("latency", self.keys["damage"], {"latency": latency}, seconds=self.stages.seconds["latency"])
+        return latency
+
     def initial(self, gate: GateConfig, key: Key) -> tuple[dict[str, tuple[int, ...]], Params]:
         """Place ranks and give the parameters that training starts from."""
         config = self.config
@@ -290,6 +307,7 @@ class Workshop:
             self.stages.resumed(stage, saved.values["seconds"])
             return {name: tuple(ranks) for name, ranks in saved.values["ranks"].items()}, _nested(saved.arrays)
         damage, exact, moments, dense = self.damage, self.rounded_from, self.rounded_moments, self.dense
+        latency = self.latency
         with self.stages.stage(stage):
             errors = weight_errors(exact, dense)
             probes = 0 if gate.form == "static" else gate.probes
@@ -315,6 +333,7 @@ class Workshop:
                 seed=config.seed,
                 flatten=config.flatten,
                 low_ranks=low_ranks,
+                latency=latency,
             )
             key_of_gates = jax.random.key(config.seed)
             params = initial_compensators(errors, moments, ranks, gate, key=key_of_gates, low_ranks=low_ranks)

@@ -93,5 +93,6 @@ def test_the_plan_lists_the_stages_that_will_run_and_their_bytes():
     local = planned("--local-steps", "100")
     assert names(local)[5:7] == ["place and initialise", "train locally"]
     assert local.seconds > usual.seconds
+    assert "latency" in names(planned("--latency-aware"))
     assert names(planned("--budget", "0")) == ["load", "text", "quantize", "train zero-byte", "evaluate", "write"]
     assert "in all" in usual.lines()[-1]

@@ -24,6 +24,7 @@ def keys(path, **changes) -> dict[str, Key]:
         ({"scale_rate": 1.0}, "zero-byte"),
         ({"damage_sequences": 3}, "damage"),
         ({"budget": 0.005}, "initial"),
+        ({"latency_aware": True}, "initial"),
         ({"local_steps": 0}, "local"),
         ({"local_steps": 6}, "local"),
         ({"steps": 3}, "train"),

@@ -30,8 +30,8 @@ SMALL = CalibrateConfig(
     held_out=0.2,
 )  # fmt: skip
 FULL = dataclasses.replace(
-    SMALL, quantizer="gptq-clip", damage_sequences=1, zero_byte=("scales", "norms"), zero_steps=2, gate="published",
-    placement="gain", joint=("norms",), static_too=True,
+    SMALL, quantizer="gptq-clip", damage_sequences=1, latency_aware=True, zero_byte=("scales", "norms"), zero_steps=2,
+    gate="published", placement="gain", joint=("norms",), static_too=True,
 )  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def test_a_model_goes_to_a_checkpoint_and_comes_back(tiny_source, words, tmp_pat
 
 
 @pytest.mark.slow
-def test_all_stages_with_a_gate_and_its_static_twin(tiny_source, words, tmp_path):
+def test_all_stages_with_a_gate_and_its_static_twin(tiny_source, words, tmp_path, capsys):
     config = dataclasses.replace(FULL, model=str(tiny_source), output=tmp_path / "out", eval_text=(words,))
     outcome = run(config)
     check(outcome, config)
@@ -85,12 +85,16 @@ def test_all_stages_with_a_gate_and_its_static_twin(tiny_source, words, tmp_path
     assert result.deciles is not None
     assert result.coverage is not None
     assert np.shape(list(result.damage.values())) == (4, 3)
+    assert any("the time a compensator of rank 4 adds" in note for note in result.notes)
     info, _ = inspect_checkpoint(outcome.checkpoint)
     assert info.details["reference"] == str(tiny_source)
     loaded = load_checkpoint(outcome.checkpoint)
     twin = load_checkpoint(outcome.checkpoint / info.details["static"])
     assert all(bank.gate is not None for bank in loaded.model.compensators.values())
     assert all(bank.gate is None for bank in twin.model.compensators.values())
+    capsys.readouterr()
+    assert run(config).result.gaps == result.gaps
+    assert "latency: done before" in capsys.readouterr().err
     served = loading.load(str(config.output))
     np.testing.assert_array_equal(served.model(TOKENS)[0], loaded.model(TOKENS)[0])
 
