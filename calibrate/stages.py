@@ -216,7 +216,7 @@ class Workshop:
                 base = stored.replace(layers=jax.tree.map(lambda leaf: leaf, stored.layers))
                 for name in ("input_norm", "mlp_norm"):
                     getattr(base.layers, name).weight = nnx.Param(jnp.asarray(saved.arrays[f"{name}"]))
-            weights = {name: QuantTensor(**_weight_arrays(saved.arrays, name)) for name in MODULES}
+            weights = {name: _saved_weight(saved.arrays, name) for name in MODULES}
             return base.replace(layers=with_weights(base.layers, weights))
         moments = None if self.config.quantizer == "rtn" else self.moments
         with self.stages.stage("quantize") as report:
@@ -379,9 +379,11 @@ class Workshop:
         return train_resumably(stage, params, trainer, work=self.work, key=key, stages=self.stages)
 
 
-def _weight_arrays(arrays: dict[str, np.ndarray], name: str) -> dict[str, Array]:
-    found = {field: arrays.get(f"{name}.{field}") for field in ("packed", "scale", "zero")}
-    return {field: jnp.asarray(array) for field, array in found.items() if array is not None}
+def _saved_weight(arrays: dict[str, np.ndarray], name: str) -> QuantTensor:
+    packed, scale, zero = (arrays.get(f"{name}.{field}") for field in ("packed", "scale", "zero"))
+    return QuantTensor(
+        packed=jnp.asarray(packed), scale=jnp.asarray(scale), zero=None if zero is None else jnp.asarray(zero)
+    )
 
 
 def _nested(arrays: dict[str, np.ndarray]) -> Params:
