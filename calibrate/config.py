@@ -125,8 +125,8 @@ class CalibrateConfig:
     """Steps of that."""
 
     local_steps: int = 0
-    """Steps of training each compensator against the error of its own module, after the whitened SVD and before the
-    rest; worth nothing measurable (calibrate/README.md)."""
+    """Steps of training each compensator, rounded to int8, against the error of its own module before all are trained
+    together. The whitened SVD that they start from is the optimum but for rounding, which costs next to nothing."""
 
     joint: tuple[ZeroByteGroup, ...] = ()
     """What is trained along with the compensators, at no cost in bytes."""
