@@ -15,6 +15,7 @@ from serve.config import ServeConfig
 from serve.cpu import cpu_logits, lay_out_for_cpu
 from serve.engine import Engine
 from serve.gateway import Gateway, ModelInfo
+from serve.gpu import is_hopper, lay_out_for_hopper
 from serve.metrics import Metrics
 from serve.runner import Runner
 from serve.scheduler import SlotScheduler
@@ -183,5 +184,10 @@ def prepare(model: Decoder, config: ServeConfig) -> tuple[Decoder, str, bool]:
     if expand:
         description += f", expanded to {jnp.dtype(model.dtype).name}"
         model = expand_tables(model, model.dtype) if dense else expand_model(model, model.dtype)
-    model = lay_out_for_cpu(model) if dense else unstack(model) if cpu else model
+    if dense:
+        model = lay_out_for_cpu(model)
+    elif cpu:
+        model = unstack(model)
+    elif compressed and not expand and is_hopper():
+        model = lay_out_for_hopper(model)
     return jax.block_until_ready(model), description, dense

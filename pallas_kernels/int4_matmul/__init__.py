@@ -1,6 +1,6 @@
 """Matrix product with int4 weights and an optional low-rank error compensator."""
 
-from pallas_kernels.int4_matmul.api import Compensator, Gate, int4_matmul
+from pallas_kernels.int4_matmul.api import Compensator, Gate, Layout, int4_matmul
 from pallas_kernels.int4_matmul.reference import (
     compensator_coordinates,
     dequantize,
@@ -11,6 +11,7 @@ from pallas_kernels.int4_matmul.reference import (
 __all__ = [
     "Compensator",
     "Gate",
+    "Layout",
     "compensator_coordinates",
     "dequantize",
     "gated_coordinates",

@@ -10,7 +10,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.int4_matmul.operands import Compensator, Gate, Layout
 from pallas_kernels.int4_matmul.reference import int4_matmul_xla
 
-__all__ = ["Compensator", "Gate", "int4_matmul"]
+__all__ = ["Compensator", "Gate", "Layout", "int4_matmul"]
 
 
 def _mosaic_gpu(*args: Any, **kwargs: Any) -> Array:
@@ -82,10 +82,13 @@ def _check(x, packed, scale, layout, *, zero, bias, compensator, z) -> None:
     if z is not None and compensator is None:
         raise ValueError("int4_matmul: z was given without a compensator to apply it")
     if compensator is not None:
-        rank = compensator.bt.shape[0]
+        if (compensator.bt is None) == (compensator.b is None):
+            raise ValueError("int4_matmul: a compensator has either bt or b")
+        rank = compensator.b.shape[1] if compensator.bt is None else compensator.bt.shape[0]
         expected |= {
             "compensator.a": (compensator.a, (rank, k)),
             "compensator.bt": (compensator.bt, (rank, n)),
+            "compensator.b": (compensator.b, (n, rank)),
             "compensator.a_scale": (compensator.a_scale, (rank,)),
             "compensator.bt_scale": (compensator.bt_scale, (rank,)),
             "z": (z, (*x.shape[:-1], rank)),

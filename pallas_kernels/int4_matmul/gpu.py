@@ -13,7 +13,7 @@ from pallas_kernels.int4_matmul.operands import Compensator, Layout
 from pallas_kernels.int4_matmul.reference import compensator_coordinates
 from pallas_kernels.packing import SIDE, to_fragments
 
-_RANK_STEP = 16
+RANK_STEP = 16
 """Ranks are padded to multiples of the columns of one wgmma."""
 
 _TILES_M = (8, 16, 32, 64, 128, 256)
@@ -49,7 +49,8 @@ def int4_matmul_mosaic_gpu(
 ) -> Float[Array, "*B N"]:
     """Compute what `int4_matmul` documents; z in bfloat16, group scales of 128 and more rows of x likewise.
 
-    Weights laid out by rows are reordered at every call: for speed, lay them out as fragments once.
+    Weights laid out by rows are reordered at every call, `bt` is transposed and ranks are filled up to multiples of 16:
+    for speed, bring weights into fragments and compensators into such a `b` once.
 
     Raises:
         NotImplementedError: x is not bfloat16, the result neither that nor float32, the GPU is no Hopper, or the shape
@@ -106,10 +107,10 @@ def _low_rank(
     """Give coordinates with B's scales in them, and B, at a rank that wgmma takes."""
     if compensator.bt_scale is not None:
         z = z * compensator.bt_scale.astype(z.dtype)
-    bt = compensator.bt if compensator.bt.dtype == jnp.int8 else compensator.bt.astype(jnp.bfloat16)
-    more = -bt.shape[0] % _RANK_STEP
-    b = jnp.pad(bt.T, ((0, n - bt.shape[1]), (0, more)))
-    return jnp.pad(z.astype(jnp.bfloat16), ((0, 0), (0, more))), b
+    b = compensator.bt.T if compensator.b is None else compensator.b
+    b = b if b.dtype == jnp.int8 else b.astype(jnp.bfloat16)
+    more = -b.shape[1] % RANK_STEP
+    return jnp.pad(z.astype(jnp.bfloat16), ((0, 0), (0, more))), jnp.pad(b, ((0, n - b.shape[0]), (0, more)))
 
 
 def choose_config(m: int, n: int, k: int, *, groups: int = 1, rank: int = 0) -> HopperConfig:
@@ -141,9 +142,9 @@ def rank_by_rule(configs: list[HopperConfig], m: int, n: int, k: int) -> list[Ho
 
     def cost(config: HopperConfig) -> tuple:
         blocks = -(-m // config.tile_m) * n // SIDE // config.row_tiles * config.splits
-        compute = config.row_tiles * config.k_parts
-        waves = -(-blocks // (_RESIDENT[config.splits] * max(1, _WARPGROUPS // compute)))
-        work = compute * (k // SIDE // config.parts)
+        waves = -(-blocks // _RESIDENT[config.splits])
+        # A warpgroup waits more than it computes, so that up to four of them take no longer than one.
+        work = _WARPGROUPS * (k // SIDE // config.parts)
         return waves * (work + _WAVE_COST), config.splits, -config.row_tiles, -config.blocks
 
     return sorted(configs, key=cost)

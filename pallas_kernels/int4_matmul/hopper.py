@@ -41,8 +41,9 @@ class HopperConfig:
 
     `tile_m` rows of x a block takes (a multiple of 8, at most 256); `row_tiles` warpgroups side by side, 64 output
     channels each; `k_parts` warpgroups and `splits` blocks of a cluster that share K; `blocks` of 64 columns in a step;
-    `ahead` steps that weights are loaded ahead, in registers; `slots` steps of x in shared memory; `overlap` lets the
-    kernel start while the one before it still runs.
+    `ahead` steps that weights are loaded ahead, in registers; `behind` (0 or 1) steps whose products may still run
+    while the next step's codes are converted; `slots` steps of x in shared memory, more than `behind`; `overlap` lets
+    the kernel start while the one before it still runs.
     """
 
     tile_m: int
@@ -51,6 +52,7 @@ class HopperConfig:
     splits: int = 1
     blocks: int = 2
     ahead: int = 2
+    behind: int = 0
     slots: int = 4
     overlap: bool = True
 
@@ -58,6 +60,8 @@ class HopperConfig:
         """Raise NotImplementedError where a weight [n, k] cannot be cut up like this."""
         if self.tile_m % 8 or not 8 <= self.tile_m <= 256:
             raise NotImplementedError(f"tile_m must be a multiple of 8 up to 256, got {self.tile_m}")
+        if self.behind not in (0, 1) or self.slots <= self.behind:
+            raise NotImplementedError(f"behind must be 0 or 1 and less than slots, got {self.behind} and {self.slots}")
         if n % (SIDE * self.row_tiles):
             raise NotImplementedError(f"{n} output channels are no multiple of {self.row_tiles} tiles of {SIDE}")
         share = SIDE * self.k_parts * self.splits * self.blocks
@@ -142,7 +146,7 @@ class _Kernel:
 
     @property
     def slots(self) -> int:
-        return min(self.config.slots, self.steps)
+        return max(min(self.config.slots, self.steps), self.config.behind + 1)
 
     @property
     def piece(self) -> int:
@@ -281,9 +285,13 @@ class _Kernel:
             row_scale = _row_values(scale.at[0, rows]).astype(jnp.float32)
             row_zero = None if zero is None else _row_values(zero.at[0, rows]).astype(jnp.int32)
 
-        def multiply(i, words, acc, total):
-            slot = lax.rem(i, jnp.int32(self.slots))
-            at = k_part * self.slots + slot
+        behind = 0 if self.groups > 1 and not self.scaled_weights else config.behind
+
+        def place(i):
+            return k_part * self.slots + lax.rem(i, jnp.int32(self.slots))
+
+        def multiply(i, words, acc, total, *, first=False):
+            at, slot = place(i), lax.rem(i, jnp.int32(self.slots))
             scales, zeros = (), () if row_zero is None else (row_zero,) * self.pieces
             if self.groups > 1:
                 plgpu.barrier_wait(x_full.at[at])
@@ -302,10 +310,11 @@ class _Kernel:
             if acc is not None:
                 for weight, column in zip(weights, columns, strict=True):
                     plgpu.wgmma(acc, weight, column.T)
-                plgpu.wgmma_wait(0)
+                plgpu.wgmma_wait(behind)
             else:
                 total = total + self._scaled_sum(weights, columns, scales)
-            plgpu.barrier_arrive(x_empty.at[at])
+            if not (behind and first):
+                plgpu.barrier_arrive(x_empty.at[place(i - behind)])
             return total
 
         ahead = min(config.ahead, self.steps)
@@ -313,22 +322,28 @@ class _Kernel:
         def run(acc):
             total = jnp.float32(0) if acc is not None else plgpu.layout_cast(self._zeros(), _WGMMA)
             ring = [fetch(jnp.int32(i)) for i in range(ahead)]
-            turns = (self.steps - ahead) // ahead
+            total = multiply(jnp.int32(0), ring[0], acc, total, first=True)
+            if ahead < self.steps:
+                ring[0] = fetch(jnp.int32(ahead))
+            turns = max(0, (self.steps - 1 - ahead) // ahead)
 
             def turn(o, carry):
                 ring, total = list(carry[0]), carry[1]
-                for d in range(ahead):
+                for d in range(1, ahead + 1):
                     i = o * ahead + d
-                    total = multiply(i, ring[d], acc, total)
-                    ring[d] = fetch(i + ahead)
+                    total = multiply(i, ring[d % ahead], acc, total)
+                    ring[d % ahead] = fetch(i + ahead)
                 return tuple(ring), total
 
             ring, total = lax.fori_loop(0, turns, turn, (tuple(ring), total))
             ring = list(ring)
-            for i in range(turns * ahead, self.steps):
+            for i in range(1 + turns * ahead, self.steps):
                 total = multiply(jnp.int32(i), ring[i % ahead], acc, total)
                 if i + ahead < self.steps:
                     ring[i % ahead] = fetch(jnp.int32(i + ahead))
+            if behind:
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(x_empty.at[place(jnp.int32(self.steps - 1))])
             return total if acc is None else hold(acc[...], interpret=self.interpret)
 
         if self.groups == 1 or self.scaled_weights:

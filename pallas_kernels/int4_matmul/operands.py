@@ -50,12 +50,14 @@ class Gate:
 class Compensator:
     """A gated low-rank term `B (g(z) * z)` with `z = A x` that is added to a quantized product.
 
-    Shapes: a [R, K]; bt [R, N], the transpose of B, so that rank is the leading axis of both. Each is floating, or int8
-    with one float scale per rank coordinate ([R]). `gate` None means `g = 1`: a static low-rank term.
+    Shapes: a [R, K]; bt [R, N], the transpose of B, so that rank is the leading axis of both, or in its place b [N, R],
+    which is how the GPU kernel reads it. Each is floating, or int8 with one float scale per rank coordinate ([R]).
+    `gate` None means `g = 1`: a static low-rank term.
     """
 
     a: Any
-    bt: Any
+    bt: Any = None
+    b: Any = None
     a_scale: Any = None
     bt_scale: Any = None
     gate: Gate | None = None

@@ -98,7 +98,8 @@ def int4_matmul_xla(
 
 def low_rank_output(z: Float[Array, "*B R"], compensator: Compensator) -> Float[Array, "*B N"]:
     """Compute the compensator's output `B z` from its gated coordinates, in float32."""
-    return jnp.einsum("...r,rn->...n", z.astype(jnp.float32), _dequantize_rows(compensator.bt, compensator.bt_scale))
+    bt = compensator.b.T if compensator.bt is None else compensator.bt
+    return jnp.einsum("...r,rn->...n", z.astype(jnp.float32), _dequantize_rows(bt, compensator.bt_scale))
 
 
 def _dequantize_rows(factor: Array, scale: Array | None) -> Float[Array, "R F"]:

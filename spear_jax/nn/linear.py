@@ -21,7 +21,7 @@ class Linear(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         if isinstance(self.weight, QuantTensor):
             w = self.weight
-            return int4_matmul(x, w.packed, w.scale, zero=w.zero, bias=bias, compensator=compensator)
+            return int4_matmul(x, w.packed, w.scale, zero=w.zero, bias=bias, compensator=compensator, layout=w.layout)
         y = jnp.einsum("...k,nk->...n", x, self.weight[...], preferred_element_type=jnp.float32)
         if bias is not None:
             y = y + bias.astype(jnp.float32)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int8
 
-from pallas_kernels.int4_matmul import dequantize
-from pallas_kernels.packing import pack_int4, unpack_int4
+from pallas_kernels.int4_matmul import Layout, dequantize
+from pallas_kernels.packing import from_fragments, pack_int4, to_fragments, unpack_int4
 
 GROUP_SIZES = (-1, 32, 64, 128)
 
@@ -55,12 +55,15 @@ class QuantTensor:
 
     Invariants: `packed` is int8 [..., N, K/2], low nibble first; `scale` is floating [..., N, G] with G dividing K;
     `zero` is int8 [..., N, G] in units of codes, or None for a symmetric weight. Leading axes (a stack of layers) are
-    shared by all three, so that slicing every leaf slices the weight.
+    shared by all three, so that slicing every leaf slices the weight. In the layout "fragments", a form to run and not
+    to store, codes are ordered as Hopper's tensor cores take them (`pallas_kernels.packing.to_fragments`), and scale
+    and zero are [..., G, N].
     """
 
     packed: Any
     scale: Any
     zero: Any = None
+    layout: Layout = dataclasses.field(default="rows", metadata={"static": True})
 
     @classmethod
     def from_codes(
@@ -79,7 +82,7 @@ class QuantTensor:
     @property
     def group_size(self) -> int:
         """Columns that share a scale; -1 where all of a row do."""
-        groups = self.scale.shape[-1]
+        groups = self.scale.shape[-1 if self.layout == "rows" else -2]
         return -1 if groups == 1 else self.shape[-1] // groups
 
     @property
@@ -89,11 +92,30 @@ class QuantTensor:
 
     def codes(self) -> Int8[Array, "*L N K"]:
         """Give the codes in [-8, 7], one a byte."""
-        return unpack_int4(self.packed)
+        return unpack_int4(self.in_rows().packed)
 
     def dequantize(self, dtype: jnp.dtype | type = jnp.float32) -> Float[Array, "*L N K"]:
         """Give the weight in `dtype`."""
-        return dequantize(self.packed, self.scale, self.zero, dtype=dtype)
+        rows = self.in_rows()
+        return dequantize(rows.packed, rows.scale, rows.zero, dtype=dtype)
+
+    def in_fragments(self) -> Self:
+        """Give the weight in the layout that the kernel for Hopper reads.
+
+        Raises:
+            ValueError: N or K is not a multiple of 64.
+        """
+        return self if self.layout == "fragments" else self._laid_out("fragments", to_fragments(self.packed))
+
+    def in_rows(self) -> Self:
+        """Give the weight in the layout that is stored."""
+        return self if self.layout == "rows" else self._laid_out("rows", from_fragments(self.packed))
+
+    def _laid_out(self, layout: Layout, packed: Array) -> Self:
+        def turned(values: Array | None) -> Array | None:
+            return None if values is None else jnp.swapaxes(values, -1, -2)
+
+        return dataclasses.replace(self, packed=packed, scale=turned(self.scale), zero=turned(self.zero), layout=layout)
 
 
 nnx.register_data_type(QuantTensor)
