@@ -20,7 +20,7 @@ import numpy as np
 
 from pallas_kernels import tuning
 from pallas_kernels.int4_matmul import int4_matmul
-from pallas_kernels.int4_matmul.gpu import candidates, int4_matmul_mosaic_gpu, rank_by_rule, tile_rows
+from pallas_kernels.int4_matmul.gpu import candidates, int4_matmul_mosaic_gpu, rank_by_rule, tile_rows, variants
 from pallas_kernels.int4_matmul.hopper import HopperConfig
 from pallas_kernels.timing import copies, kernel_microseconds
 
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of weights to tune, of all by default")
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 16, 32, 64], help="rows of x")
     parser.add_argument("--group-size", type=int, default=-1)
-    parser.add_argument("--limit", type=int, default=12, help="configurations tried for each shape")
+    parser.add_argument("--limit", type=int, default=12, help="cuts tried for each shape, before paces of the best")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no shape after so long")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tuned")
     flags = parser.parse_args()
@@ -147,7 +147,10 @@ def main() -> None:
             print(f"{name} [{n}, {k}], {rows} rows", file=sys.stderr, flush=True)
             problem = Problem(m=rows, n=n, k=k, group=flags.group_size)
             fitting = candidates(tile_rows(rows), n, k, groups=problem.groups)
-            entries.append(tune_int4_matmul(problem, rank_by_rule(fitting, rows, n, k)[: flags.limit]))
+            entry = tune_int4_matmul(problem, rank_by_rule(fitting, rows, n, k)[: flags.limit])
+            best = HopperConfig(**entry["config"])
+            paced = tune_int4_matmul(problem, [best, *variants(best, n, k, groups=problem.groups)])
+            entries.append(paced | {"tried": sorted(entry["tried"] + paced["tried"], key=lambda one: one["us"])})
             write(flags.output, entries)
     print(json.dumps({"tuned": len(entries)}))
 

@@ -1,5 +1,6 @@
 """`int4_matmul` on a Hopper GPU: brings operands into the kernel's form and chooses how to cut the product up."""
 
+import dataclasses
 import functools
 
 import jax
@@ -74,13 +75,10 @@ def int4_matmul_mosaic_gpu(
         config = choose_config(
             m, packed.shape[0], rows.shape[1], groups=scale.shape[0], rank=0 if b is None else b.shape[1]
         )
-    padding = -m % config.tile_m
-    rows = jnp.pad(rows, ((0, padding), (0, 0)))
-    z = None if z is None else jnp.pad(z, ((0, padding), (0, 0)))
     y = int4_matmul_hopper(
         rows, packed, scale, zero, bias, b, z, config=config, out_dtype=out_dtype, interpret=interpret
     )
-    return y[:m, :n].reshape(*batch, n)
+    return y[:, :n].reshape(*batch, n)
 
 
 def _pad_and_reorder(x, packed, scale, zero, bias) -> tuple:
@@ -172,6 +170,16 @@ def candidates(tile_m: int, n: int, k: int, *, groups: int = 1) -> list[HopperCo
                     if _fits(config, n, k, groups):
                         found.append(config)
     return found
+
+
+def variants(config: HopperConfig, n: int, k: int, *, groups: int = 1) -> list[HopperConfig]:
+    """List the configurations that cut a shape up like `config` but pace their work differently, for tuning."""
+    paces = ((1, 2, 1, 4), (1, 4, 1, 4), (1, 4, 0, 8), (2, 2, 0, 8), (2, 3, 0, 4), (2, 2, 1, 4))
+    found = [
+        dataclasses.replace(config, blocks=blocks, ahead=ahead, behind=behind, slots=slots)
+        for blocks, ahead, behind, slots in paces
+    ]
+    return [other for other in found if other != config and _fits(other, n, k, groups)]
 
 
 def _fits(config: HopperConfig, n: int, k: int, groups: int) -> bool:

@@ -92,14 +92,15 @@ def int4_matmul_hopper(
     out_dtype: jnp.dtype,
     interpret: plgpu.InterpretGPUParams | bool = False,
 ) -> Float[Array, "M N"]:
-    """Compute `x W^T + bias + z b^T`, W in the order of `fragments`; M a multiple of tile_m, R of 16.
+    """Compute `x W^T + bias + z b^T`, W in the order of `to_fragments`; R a multiple of 16.
+
+    The last block of rows of x may reach beyond M: the copy engine fills it with zeros and stores what is inside.
 
     Raises:
         NotImplementedError: The shapes cannot be cut up as `config` says.
     """
     (m, k), n = x.shape, packed.shape[0]
     config.check(n=n, k=k)
-    assert m % config.tile_m == 0
     assert b is None or b.shape[1] % 16 == 0
     optional = {"zero": zero, "bias": bias, "b": b, "z": z}
     given = {name: operand for name, operand in optional.items() if operand is not None}
@@ -113,7 +114,7 @@ def int4_matmul_hopper(
     run = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((m, n), out_dtype),
-        grid=(n // (SIDE * config.row_tiles), m // config.tile_m),
+        grid=(n // (SIDE * config.row_tiles), -(-m // config.tile_m)),
         grid_names=("n", "m"),
         cluster=(config.splits,),
         cluster_names=("split",),

@@ -1,0 +1,29 @@
+"""The command lines of tuning and timing, as far as they go without a GPU."""
+
+import json
+
+import pytest
+
+from pallas_kernels import bench, tune, tuning
+
+
+@pytest.mark.parametrize("command", [tune, bench])
+def test_a_machine_without_a_gpu_is_refused(command, monkeypatch, capsys):
+    arguments = ["int4_matmul"] if command is bench else []
+    monkeypatch.setattr("sys.argv", ["command", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert stopped.value.code == 2
+    assert "the backend is cpu" in capsys.readouterr().err
+
+
+def test_entries_replace_those_of_the_same_key(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["tune", "--rows", "1"])
+    key = {"tile_m": 8, "n": 64, "k": 64, "groups": 1, "rank": 0}
+    tune.write(tmp_path, [{"key": key, "config": {"tile_m": 8}, "us": 2.0}])
+    tune.write(tmp_path, [{"key": key | {"n": 128}, "config": {"tile_m": 8}, "us": 3.0}])
+    file = tune.write(tmp_path, [{"key": key, "config": {"tile_m": 8, "splits": 2}, "us": 1.0}])
+    table = json.loads(file.read_text())
+    assert file == tmp_path / tuning.device_name() / "int4_matmul.json"
+    assert table["command"] == "python -m pallas_kernels.tune --rows 1"
+    assert sorted(entry["us"] for entry in table["entries"]) == [1.0, 3.0]
