@@ -4,6 +4,7 @@ python -m pallas_kernels.bench int4_matmul --rows 1 16 32 64 --rank 16 --output 
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import sys
@@ -64,7 +65,7 @@ def bench_int4_matmul(problem: Problem, *, rank: int) -> dict[str, Any]:
         "group": problem.group,
         "rank": rank,
         "error": error,
-        "config": vars(choose_config(problem.m, problem.n, problem.k, groups=problem.groups)),
+        "config": dataclasses.asdict(choose_config(problem.m, problem.n, problem.k, groups=problem.groups)[0]),
         "us": {
             "bf16": kernel_microseconds(lambda w, x: jnp.einsum("mk,nk->mn", x, w), many, x),
             "xla_int4": kernel_microseconds(xla, weights, x),

@@ -20,7 +20,14 @@ import numpy as np
 
 from pallas_kernels import tuning
 from pallas_kernels.int4_matmul import int4_matmul
-from pallas_kernels.int4_matmul.gpu import candidates, int4_matmul_mosaic_gpu, rank_by_rule, tile_rows, variants
+from pallas_kernels.int4_matmul.gpu import (
+    candidates,
+    choose_config,
+    int4_matmul_mosaic_gpu,
+    rank_by_rule,
+    tile_rows,
+    variants,
+)
 from pallas_kernels.int4_matmul.hopper import HopperConfig
 from pallas_kernels.timing import copies, kernel_microseconds
 
@@ -126,6 +133,18 @@ def write(folder: Path, entries: list[dict[str, Any]]) -> Path:
     return file
 
 
+def _show(device: str, shapes: dict[str, tuple[int, int]], rows: Sequence[int], group: int) -> None:
+    """Print a table of the configurations that `int4_matmul` would use."""
+    names = [field.name for field in dataclasses.fields(HopperConfig)]
+    print("| weight | rows | from | " + " | ".join(names) + " |")
+    print("|" + "---|" * (len(names) + 3))
+    for m in rows:
+        for name, (n, k) in shapes.items():
+            groups = Problem(m=m, n=n, k=k, group=group).groups
+            config, source = choose_config(m, n, k, groups=groups, device=device)
+            print(f"| {name} | {m} | {source} | " + " | ".join(str(getattr(config, field)) for field in names) + " |")
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.tune", description=__doc__)
@@ -135,8 +154,14 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=-1)
     parser.add_argument("--limit", type=int, default=12, help="cuts tried for each shape, before paces of the best")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no shape after so long")
+    parser.add_argument(
+        "--show", metavar="DEVICE", help="print what would be used on a device (`nvidia-h200`), tune nothing"
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tuned")
     flags = parser.parse_args()
+    if flags.show is not None:
+        _show(flags.show, SHAPES[flags.shapes], flags.rows, flags.group_size)
+        return
     if jax.default_backend() != "gpu":
         parser.error(f"tuning measures on a GPU, and there is none here (the backend is {jax.default_backend()})")
     begin, entries = time.monotonic(), []

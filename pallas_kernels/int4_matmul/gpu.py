@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def int4_matmul_mosaic_gpu(
         z = compensator_coordinates(x, compensator) if z is None else z
         z, b = _low_rank(z.reshape(m, -1), compensator, packed.shape[0])
     if config is None:
-        config = choose_config(
+        config, _ = choose_config(
             m, packed.shape[0], rows.shape[1], groups=scale.shape[0], rank=0 if b is None else b.shape[1]
         )
     y = int4_matmul_hopper(
@@ -111,15 +112,19 @@ def _low_rank(
     return jnp.pad(z.astype(jnp.bfloat16), ((0, 0), (0, more))), jnp.pad(b, ((0, n - b.shape[0]), (0, more)))
 
 
-def choose_config(m: int, n: int, k: int, *, groups: int = 1, rank: int = 0) -> HopperConfig:
-    """Give the tuned configuration for this device and shape, or what a rule of thumb makes of it.
+def choose_config(
+    m: int, n: int, k: int, *, groups: int = 1, rank: int = 0, device: str | None = None
+) -> tuple[HopperConfig, Literal["tuned", "rule"]]:
+    """Give the configuration tuned for a device and shape, or what a rule of thumb makes of it; and which it is.
+
+    `device` is a folder of `tuned/`; by default that of this process's first device.
 
     Raises:
         NotImplementedError: No configuration fits the shape.
     """
-    tile_m = tile_rows(m)
-    tuned = tuning.lookup("int4_matmul", {"tile_m": tile_m, "n": n, "k": k, "groups": groups, "rank": rank})
-    return HopperConfig(**tuned) if tuned is not None else _rule_of_thumb(m, n, k, groups)
+    key = {"tile_m": tile_rows(m), "n": n, "k": k, "groups": groups, "rank": rank}
+    tuned = tuning.lookup("int4_matmul", key, device=device)
+    return (_rule_of_thumb(m, n, k, groups), "rule") if tuned is None else (HopperConfig(**tuned), "tuned")
 
 
 def tile_rows(m: int) -> int:

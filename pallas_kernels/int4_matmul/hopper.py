@@ -170,9 +170,9 @@ class _Kernel:
         What is taken and given must balance within the registers that the block starts with: a warpgroup that asks for
         more than there are waits for ever.
         """
-        if self.interpret or self.config.tile_m < 128:
-            return None
         compute = self.config.row_tiles * self.config.k_parts
+        if self.interpret or self.config.tile_m < 128 or compute == 1:  # one alone has as many as a thread can have
+            return None
         start = min(255, _REGISTERS // (128 * (compute + 1))) // 8 * 8
         return min(240, (start * (compute + 1) - _FEEDER_REGISTERS) // compute // 8 * 8)
 
@@ -437,7 +437,7 @@ def _row_values(ref) -> jax.Array:
 
 
 def _shared(shape: tuple[int, ...], dtype, *, row: int):
-    """Declare shared memory whose last axis is cut into swizzled pieces of up to `row` bytes."""
-    swizzle = min(128, row)
+    """Declare shared memory whose last axis is cut into the widest swizzled pieces that divide `row` bytes."""
+    swizzle = math.gcd(128, row)
     tiling = _tiling((8, swizzle // jnp.dtype(dtype).itemsize))
     return plgpu.SMEM(shape, dtype, transforms=(tiling, _swizzle(swizzle)))

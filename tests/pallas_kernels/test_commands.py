@@ -27,3 +27,14 @@ def test_entries_replace_those_of_the_same_key(tmp_path, monkeypatch):
     assert file == tmp_path / tuning.device_name() / "int4_matmul.json"
     assert table["command"] == "python -m pallas_kernels.tune --rows 1"
     assert sorted(entry["us"] for entry in table["entries"]) == [1.0, 3.0]
+
+
+def test_choices_are_shown(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tune", "--show", "nvidia-h200", "--rows", "16", "33"])
+    tune.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| weight | rows | from | tile_m | row_tiles")
+    assert any(line.startswith("| gate_up | 16 | tuned | 16 | 4 | 1 | 1 |") for line in lines)
+    monkeypatch.setattr("sys.argv", ["tune", "--show", "unknown", "--rows", "16"])
+    tune.main()
+    assert "| gate_up | 16 | rule | 16 |" in capsys.readouterr().out
