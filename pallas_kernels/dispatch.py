@@ -1,6 +1,8 @@
 """Which backend runs an operation: the one that was asked for, or the first that can."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -12,6 +14,24 @@ _PREFERENCE: dict[str, tuple[str, ...]] = {
     "tpu": ("mosaic_tpu", "xla"),
     "cpu": ("xla",),
 }
+
+
+_TARGET: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(platform: Literal["gpu", "tpu", "cpu"]) -> Iterator[None]:
+    """Choose backends as on `platform`: for programs that are compiled here and run elsewhere."""
+    token = _TARGET.set(platform)
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
+
+
+def platform() -> str:
+    """Give the platform that backends are chosen for: this process's, unless something is compiled for another."""
+    return _TARGET.get() or jax.default_backend()
 
 
 def call(
@@ -37,7 +57,7 @@ def call(
             raise NotImplementedError(f"{op} has no {implementation} backend; it has {', '.join(backends)}")
         return backends[implementation](*args, **kwargs)
     refusals = []
-    for name in _PREFERENCE.get(jax.default_backend(), ("xla",)):
+    for name in _PREFERENCE.get(platform(), ("xla",)):
         if name in backends:
             try:
                 return backends[name](*args, **kwargs)

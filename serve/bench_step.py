@@ -1,0 +1,198 @@
+"""`python -m serve.bench_step`: the time of one decode step of an architecture with random int4 weights.
+
+All layers, head and sampling are one jitted program, as the server runs it; nothing is read back between steps.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+from rich.console import Console
+from rich.table import Table
+
+from serve.gpu import is_hopper, lay_out_for_hopper
+from serve.runner import Runner
+from serve.sampling import SamplingParams
+from spear_jax.cli import parse_flags, run_main
+from spear_jax.config import ModelConfig, load_yaml
+from spear_jax.models.decoder import MODULES, Decoder, weight_shapes
+from spear_jax.models.quantize import weight_bytes
+from spear_jax.quant import CompensatorBank, QuantSpec, QuantTensor
+from spear_jax.versions import package_versions
+
+_CHUNK = 256
+"""Tokens of a prompt that are run at a time to fill the cache."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """Time decode steps. A table on stderr, JSON on stdout."""
+
+    model: Path = Path("configs/models/llama-3.1-8b.yaml")
+    """YAML file of the architecture."""
+
+    layers: int | None = None
+    """Keep the first layers only."""
+
+    rows: tuple[int, ...] = (1, 32)
+    """Numbers of sequences decoded together."""
+
+    context: int = 1024
+    """Tokens of each sequence that are in the cache."""
+
+    ranks: tuple[int, ...] = (0, 16)
+    """Ranks of the static compensators that every linear gets; 0 for none."""
+
+    group_size: Literal[-1, 32, 64, 128] = -1
+    """Columns that share a scale."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of activations."""
+
+    steps: int = 50
+    """Steps timed together."""
+
+    repeats: int = 5
+    """Times that is done; the median counts."""
+
+    profile: Path | None = None
+    """Folder to write a profile of a few steps of each case to, for XProf or Perfetto."""
+
+    output: Path | None = None
+    """JSON file of results, written after every case."""
+
+    def check(self) -> None:
+        """Raise ValueError for a setting that cannot be run."""
+        for name in ("rows", "ranks"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: give at least one")
+        for name, least in {"context": 1, "steps": 1, "repeats": 1, "layers": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if min(self.rows) < 1 or min(self.ranks) < 0:
+            raise ValueError(f"rows must be at least 1 and ranks at least 0, got {self.rows} and {self.ranks}")
+
+
+def random_model(config: ModelConfig, *, spec: QuantSpec, rank: int, dtype: Any, seed: int = 0) -> Decoder:
+    """Give a model of an architecture with random int4 linears; no float weight of them is ever made."""
+    keys: Iterator[Array] = iter(jax.random.split(jax.random.key(seed), 256))
+    shapes, count = config.module_shapes(), config.num_layers
+
+    def draw(name: str, shape: tuple[int, ...]) -> Array:
+        if "norm" in name:
+            return jnp.ones(shape, jnp.float32)
+        return (jax.random.normal(next(keys), shape, dtype) * 0.02).astype(dtype)
+
+    whole = weight_shapes(config)
+    linears = {f"layers.{name}.weight" for name in MODULES}
+    weights: dict[str, Array] = {name: draw(name, shape) for name, shape in whole.items() if name not in linears}
+    for name, (n, k) in shapes.items():
+        packed = jax.random.bits(next(keys), (count, n, k // 2), jnp.uint8).astype(jnp.int8)
+        scale = jnp.full((count, n, spec.groups(k, name=name)), k**-0.5 / 4.6, spec.scale_dtype)
+        weights[f"layers.{name}.weight"] = QuantTensor(packed=packed, scale=scale)  # type: ignore[assignment]
+    model = Decoder.from_weights(config, weights, dtype=dtype)
+    if rank:
+        banks = {name: _bank(next(keys), rank, count, n, k) for name, (n, k) in shapes.items()}
+        model = model.replace(compensators=nnx.Dict(banks))
+    return model
+
+
+def _bank(key: Array, rank: int, layers: int, n: int, k: int) -> CompensatorBank:
+    total = rank * layers
+    a, bt = (
+        jax.random.randint(part, (total, side), -127, 128, jnp.int8)
+        for part, side in zip(jax.random.split(key), (k, n), strict=True)
+    )
+    scale = jnp.full((total,), 1e-3, jnp.float32)
+    return CompensatorBank((rank,) * layers, a, bt, a_scale=scale, bt_scale=scale)
+
+
+def time_steps(model: Decoder, config: StepConfig, *, rows: int, profile: Path | None) -> float:
+    """Give the median time of a decode step of `rows` sequences in milliseconds."""
+    room = config.context + config.steps * (config.repeats + 2) + _CHUNK
+    runner = Runner(model, slots=rows, context=room, buckets=[min(_CHUNK, config.context)], lone_program=False)
+    greedy = SamplingParams(max_tokens=1, temperature=0.0)
+    chunk = runner.buckets[-1]
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, config.context).tolist()
+    for slot in range(rows):
+        for start in range(0, config.context, chunk):
+            piece = tokens[start : start + chunk]
+            last = start + chunk >= config.context
+            runner.prefill(piece, slot=slot, start=start, bucket=chunk, last=last, params=greedy)
+    active = np.ones(rows, bool)
+    jax.block_until_ready(runner.decode(active))
+    times = []
+    for repeat in range(config.repeats + 1):
+        trace = contextlib.nullcontext()
+        if profile is not None and repeat == config.repeats:
+            trace = jax.profiler.trace(str(profile))
+        with trace:
+            begin = time.perf_counter()
+            jax.block_until_ready([runner.decode(active) for _ in range(config.steps)])
+        if repeat < config.repeats:
+            times.append((time.perf_counter() - begin) / config.steps * 1e3)
+    return statistics.median(times)
+
+
+def bench(config: StepConfig) -> Mapping[str, Any]:
+    """Run every case; give and write the results.
+
+    Raises:
+        ValueError: A setting cannot be run, or a group size does not divide a module's inputs.
+    """
+    config.check()
+    architecture = load_yaml(ModelConfig, config.model)
+    if config.layers is not None:
+        architecture = dataclasses.replace(architecture, num_layers=min(config.layers, architecture.num_layers))
+    device = jax.devices()[0]
+    results: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device.device_kind,
+        "versions": package_versions("jax", "flax"),
+        "command": " ".join(["python -m serve.bench_step", *sys.argv[1:]]),
+        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "cases": [],
+    }
+    table = Table("rows", "rank", "ms a step", "MiB of weights", "GB/s of weights")
+    for rank in config.ranks:
+        spec = QuantSpec(group_size=config.group_size)
+        model = random_model(architecture, spec=spec, rank=rank, dtype=jnp.dtype(config.dtype))
+        nbytes = weight_bytes(model)
+        if is_hopper():
+            model = lay_out_for_hopper(model)
+        jax.block_until_ready(jax.tree.leaves(model))
+        for rows in config.rows:
+            profile = None if config.profile is None else config.profile / f"rows-{rows}-rank-{rank}"
+            milliseconds = time_steps(model, config, rows=rows, profile=profile)
+            case = {"rows": rows, "rank": rank, "ms": milliseconds, "weight_bytes": nbytes}
+            results["cases"].append(case)
+            speed = f"{nbytes / milliseconds / 1e6:.0f}"
+            table.add_row(str(rows), str(rank), f"{milliseconds:.3f}", f"{nbytes / 2**20:.0f}", speed)
+            print(f"{rows} rows, rank {rank}: {milliseconds:.3f} ms a step", file=sys.stderr, flush=True)
+            if config.output is not None:
+                config.output.parent.mkdir(parents=True, exist_ok=True)
+                config.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    Console(stderr=True).print(table)
+    return results
+
+
+def main() -> None:
+    """Run the command line."""
+    run_main(lambda: print(json.dumps(bench(parse_flags(StepConfig, prog="python -m serve.bench_step")))))
+
+
+if __name__ == "__main__":
+    main()
