@@ -44,7 +44,10 @@ def _lay_out(linear: Linear) -> Linear:
 
 
 def _prepare(compensator: Compensator) -> Compensator:
-    """Transpose B and fill ranks up; rows that are filled in add nothing, whatever the gate makes of them."""
+    """Transpose B, fill ranks up, and where there is no gate between them make one scale of A's and B's.
+
+    Rows that are filled in add nothing, whatever the gate makes of them.
+    """
     more = -compensator.a.shape[0] % _RANK_STEP
 
     def fill(rows: Array | None) -> Array | None:
@@ -53,12 +56,8 @@ def _prepare(compensator: Compensator) -> Compensator:
     gate = compensator.gate
     if gate is not None:
         gate = dataclasses.replace(gate, w_in=fill(gate.w_in), w_out=fill(gate.w_out), b_out=fill(gate.b_out))
-    bt = fill(compensator.bt)
+    bt, a_scale, bt_scale = fill(compensator.bt), fill(compensator.a_scale), fill(compensator.bt_scale)
     assert bt is not None
-    return Compensator(
-        a=fill(compensator.a),
-        b=bt.T,
-        a_scale=fill(compensator.a_scale),
-        bt_scale=fill(compensator.bt_scale),
-        gate=gate,
-    )
+    if gate is None and a_scale is not None and bt_scale is not None:
+        a_scale, bt_scale = a_scale * bt_scale, None
+    return Compensator(a=fill(compensator.a), b=bt.T, a_scale=a_scale, bt_scale=bt_scale, gate=gate)

@@ -12,11 +12,15 @@ from jaxtyping import Array, Float, Int8, Shaped
 from pallas_kernels import tuning
 from pallas_kernels.int4_matmul.hopper import SHARED_BYTES, HopperConfig, int4_matmul_hopper
 from pallas_kernels.int4_matmul.operands import Compensator, Layout
-from pallas_kernels.int4_matmul.reference import compensator_coordinates
+from pallas_kernels.int4_matmul.projection import MOST_ROWS, project_hopper
+from pallas_kernels.int4_matmul.reference import compensator_coordinates, gated_coordinates
 from pallas_kernels.packing import SIDE, to_fragments
 
 RANK_STEP = 16
 """Ranks are padded to multiples of the columns of one wgmma."""
+
+_PROJECTED_RANKS = 8
+"""Ranks that `project_hopper` takes are multiples of this: the copy engine moves 16 bytes at least."""
 
 _TILES_M = (8, 16, 32, 64, 128, 256)
 _RESIDENT = {1: 132, 2: 132, 4: 120, 8: 104}
@@ -70,7 +74,7 @@ def int4_matmul_mosaic_gpu(
         rows, packed, scale, zero, bias = _pad_and_reorder(rows, packed, scale, zero, bias)
     b = None
     if compensator is not None:
-        z = compensator_coordinates(x, compensator) if z is None else z
+        z = _coordinates(x.reshape(m, k), compensator, interpret) if z is None else z
         z, b = _low_rank(z.reshape(m, -1), compensator, packed.shape[0])
     if config is None:
         config, _ = choose_config(
@@ -98,6 +102,25 @@ def _pad_and_reorder(x, packed, scale, zero, bias) -> tuple:
     zero = None if zero is None else jnp.pad(zero, grouped).T
     bias = None if bias is None else jnp.pad(bias, (0, more_n))
     return x, packed, scale, zero, bias
+
+
+def _coordinates(
+    x: Float[Array, "M K"], compensator: Compensator, interpret: plgpu.InterpretGPUParams | bool
+) -> Float[Array, "M R"]:
+    """Compute the gated coordinates, `A x` by a kernel of its own where there are few rows of x."""
+    gate, rank = compensator.gate, compensator.a.shape[0]
+    if x.shape[0] > MOST_ROWS or x.shape[1] % SIDE or (gate is not None and gate.probe is not None):
+        return compensator_coordinates(x, compensator)
+    a = compensator.a if compensator.a.dtype == jnp.int8 else compensator.a.astype(jnp.bfloat16)
+    scale = None if compensator.a_scale is None else compensator.a_scale.astype(jnp.float32)
+    more = -rank % _PROJECTED_RANKS
+    if more:
+        a = jnp.pad(a, ((0, more), (0, 0)))
+        scale = None if scale is None else jnp.pad(scale, (0, more))
+    # Where nothing more happens to z it is rounded at once, for the product with B.
+    done = gate is None and compensator.bt_scale is None
+    z = project_hopper(x, a, scale, out_dtype=jnp.dtype(jnp.bfloat16 if done else jnp.float32), interpret=interpret)
+    return z[:, :rank] if gate is None else gated_coordinates(x, z[:, :rank], None, gate)
 
 
 def _low_rank(

@@ -29,8 +29,8 @@ SHARED_BYTES = 232_448
 _REGISTERS = 65_536
 _FEEDER_REGISTERS = 40
 
-_WGMMA = plgpu.Layout.WGMMA
-_Accumulator: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+WGMMA = plgpu.Layout.WGMMA
+Accumulator: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 _tiling: Any = plgpu.TilingTransform
 _swizzle: Any = plgpu.SwizzleTransform
 
@@ -107,12 +107,12 @@ def int4_matmul_hopper(
     kernel = _Kernel(config, n=n, k=k, groups=scale.shape[0], out_dtype=out_dtype, interpret=bool(interpret))
     shared = kernel.scratch(scale, zero, b)
 
-    def body(packed, scale, x, *rest):
+    def int4_matmul(packed, scale, x, *rest):
         refs = dict(zip((*given, "out", *shared), rest, strict=True))
         kernel(packed=packed, scale=scale, x=x, **refs)
 
     run = plgpu.kernel(
-        body,
+        int4_matmul,
         out_type=jax.ShapeDtypeStruct((m, n), out_dtype),
         grid=(n // (SIDE * config.row_tiles), -(-m // config.tile_m)),
         grid_names=("n", "m"),
@@ -187,13 +187,13 @@ class _Kernel:
         chunk = min(SIDE, self.piece)  # columns of a swizzled tile of x: no chain of wgmma may begin inside one
         rings = config.k_parts * self.slots
         shapes = {
-            "x_ring": _shared((config.k_parts, self.slots, tile_m, step), jnp.bfloat16, row=chunk * 2),
+            "x_ring": shared_tile((config.k_parts, self.slots, tile_m, step), jnp.bfloat16, row=chunk * 2),
             "x_full": plgpu.Barrier(num_barriers=rings),
             "x_empty": plgpu.Barrier(num_arrivals=config.row_tiles, num_barriers=rings),
-            "y_tile": _shared((config.row_tiles, share, SIDE), self.out_dtype, row=128),
+            "y_tile": shared_tile((config.row_tiles, share, SIDE), self.out_dtype, row=128),
         }
         if config.parts > 1:
-            shapes["sums"] = _shared((config.parts, config.row_tiles, SIDE, share), jnp.float32, row=share * 4)
+            shapes["sums"] = shared_tile((config.parts, config.row_tiles, SIDE, share), jnp.float32, row=share * 4)
             shapes["sums_full"] = plgpu.Barrier(num_arrivals=config.parts, num_barriers=config.row_tiles)
         if self.groups > 1:
             shapes["x_full"] = plgpu.Barrier(num_arrivals=2 if zero is None else 3, num_barriers=rings)
@@ -204,7 +204,7 @@ class _Kernel:
         if b is not None:
             rank = b.shape[1]
             shapes["b_tile"] = plgpu.SMEM((SIDE * config.row_tiles, rank), b.dtype)
-            shapes["z_tile"] = _shared((tile_m, rank), jnp.bfloat16, row=rank * 2)
+            shapes["z_tile"] = shared_tile((tile_m, rank), jnp.bfloat16, row=rank * 2)
             shapes["z_full"] = plgpu.Barrier(num_arrivals=2)
         return shapes
 
@@ -321,7 +321,7 @@ class _Kernel:
         ahead = min(config.ahead, self.steps)
 
         def run(acc):
-            total = jnp.float32(0) if acc is not None else plgpu.layout_cast(self._zeros(), _WGMMA)
+            total = jnp.float32(0) if acc is not None else plgpu.layout_cast(self._zeros(), WGMMA)
             ring = [fetch(jnp.int32(i)) for i in range(ahead)]
             total = multiply(jnp.int32(0), ring[0], acc, total, first=True)
             if ahead < self.steps:
@@ -348,7 +348,7 @@ class _Kernel:
             return total if acc is None else hold(acc[...], interpret=self.interpret)
 
         if self.groups == 1 or self.scaled_weights:
-            y = pl.run_scoped(run, _Accumulator((SIDE, config.tile_m), jnp.float32))
+            y = pl.run_scoped(run, Accumulator((SIDE, config.tile_m), jnp.float32))
         else:
             y = run(None)
         if self.overlap:
@@ -368,7 +368,7 @@ class _Kernel:
             return [hold(acc[...], interpret=self.interpret) for acc in accs]
 
         shape = (SIDE, self.config.tile_m)
-        sums = pl.run_scoped(products, *[_Accumulator(shape, jnp.float32)] * len(weights))
+        sums = pl.run_scoped(products, *[Accumulator(shape, jnp.float32)] * len(weights))
         return functools.reduce(
             jnp.add, [part * lax.broadcast_in_dim(scale, shape, (0,)) for part, scale in zip(sums, scales, strict=True)]
         )
@@ -395,9 +395,9 @@ class _Kernel:
         @pl.when((k_part == 0) & (split < config.reducers))
         def _():
             plgpu.barrier_wait(sums_full)
-            total = plgpu.load(sums.at[0, row_tile], layout=_WGMMA)
+            total = plgpu.load(sums.at[0, row_tile], layout=WGMMA)
             for i in range(1, config.parts):
-                total = total + plgpu.load(sums.at[i, row_tile], layout=_WGMMA)
+                total = total + plgpu.load(sums.at[i, row_tile], layout=WGMMA)
             finish(total, split * share if config.reducers > 1 else 0)
 
     def _finish(self, y, first, *, row_tile, tile, row_scale, out, y_tile, bias=None, b=None, **refs) -> None:
@@ -417,7 +417,7 @@ class _Kernel:
 
     def _add_low_rank(self, y, first, row_tile, *, b_tile, z_tile, z_full, **_) -> jax.Array:
         plgpu.barrier_wait(z_full)
-        factor = plgpu.load(b_tile.at[pl.ds(row_tile * SIDE, SIDE)], layout=_WGMMA, optimized=False)
+        factor = plgpu.load(b_tile.at[pl.ds(row_tile * SIDE, SIDE)], layout=WGMMA, optimized=False)
         factor = factor.astype(jnp.bfloat16)
         z = z_tile if y.shape[1] == self.config.tile_m else z_tile.at[pl.ds(first, y.shape[1])]
 
@@ -428,7 +428,7 @@ class _Kernel:
             plgpu.wgmma_wait(0)
             return hold(acc[...], interpret=self.interpret)
 
-        total = pl.run_scoped(product, _Accumulator(y.shape, jnp.float32))
+        total = pl.run_scoped(product, Accumulator(y.shape, jnp.float32))
         return y + total if self.interpret else total
 
 
@@ -436,7 +436,7 @@ def _row_values(ref) -> jax.Array:
     return plgpu.load(ref, layout=ROWS, optimized=False)
 
 
-def _shared(shape: tuple[int, ...], dtype, *, row: int):
+def shared_tile(shape: tuple[int, ...], dtype, *, row: int):
     """Declare shared memory whose last axis is cut into the widest swizzled pieces that divide `row` bytes."""
     swizzle = math.gcd(128, row)
     tiling = _tiling((8, swizzle // jnp.dtype(dtype).itemsize))
