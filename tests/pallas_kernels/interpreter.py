@@ -1,7 +1,7 @@
 """What our kernels use and the Mosaic GPU interpreter of jax 0.11.2 lacks; for tests only.
 
 Added: wgmma with its left operand in registers; wgmma that runs until it is waited for (the interpreter's own is over
-at once, and not looked at for races); writes to accumulators; stores to another block's shared memory; `griddepcontrol`.
+at once, and not looked at for races); writes to accumulators; stores to another block's memory; `griddepcontrol`.
 """
 
 import collections

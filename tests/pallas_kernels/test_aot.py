@@ -1,12 +1,21 @@
 """Programs compile for accelerators that this machine does not have."""
 
-import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.int4_matmul.hopper import HopperConfig
+from pallas_kernels.topology import compiler_environment, gpu_topology, tpu_topology
+from pallas_kernels.tuning import read_table
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.quantize import quantize_model
 from spear_jax.quant import QuantSpec
@@ -14,19 +23,18 @@ from spear_jax.testing import random_weights, tiny_config
 
 pytestmark = pytest.mark.aot
 
-TOPOLOGIES = {"v5e": ("tpu", "v5e:2x2"), "v6e": ("tpu", "v6e:2x2")}
+
+def described(topology, *args):
+    try:
+        return topology(*args)
+    except ModuleNotFoundError as missing:
+        return pytest.skip(str(missing))
 
 
-@pytest.mark.parametrize("kind", TOPOLOGIES)
+@pytest.mark.parametrize("kind", ["v5e", "v6e"])
 def test_a_quantized_model_compiles_with_weights_packed(kind: str):
     """Arguments of the program are the packed bytes: nothing widened the weights on their way in."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("needs libtpu: uv run --group aot")
-    from jax.experimental import topologies
-
-    platform, name = TOPOLOGIES[kind]
-    device = topologies.get_topology_desc(platform=platform, topology_name=name).devices[0]
-    sharding = jax.sharding.SingleDeviceSharding(device)
+    sharding = jax.sharding.SingleDeviceSharding(described(tpu_topology, kind).devices[0])
     config = tiny_config(hidden_size=256, intermediate_size=512, head_dim=64)
     model = Decoder.from_weights(config, random_weights(config), dtype=jnp.bfloat16)
     quantized = jax.eval_shape(lambda m: quantize_model(m, QuantSpec(group_size=64)), model)
@@ -37,5 +45,85 @@ def test_a_quantized_model_compiles_with_weights_packed(kind: str):
     tokens = jax.ShapeDtypeStruct((1, 128), jnp.int32, sharding=sharding)
     lowered = jax.jit(lambda m, t: m(t)[0]).trace(jax.tree.map(on_device, quantized), tokens).lower()
     memory = lowered.compile().memory_analysis()
+    assert memory is not None
     stored = sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(quantized))
     assert memory.argument_size_in_bytes < 1.5 * stored + 2**20
+
+
+def product(m: int, n: int, k: int, *, group: int = -1, rank: int = 0, zero=False, bias=False, **config) -> dict:
+    groups = 1 if group == -1 else k // group
+    HopperConfig(**config).check(n=n, k=k)
+    shape = {"m": m, "n": n, "k": k, "groups": groups, "rank": rank, "zero": zero, "bias": bias}
+    return {"kind": "product", "config": config, **shape}
+
+
+def tuned() -> dict[str, dict]:
+    problems = {}
+    for name, config in read_table("int4_matmul", "nvidia-h200").items():
+        key = {part.split("=")[0]: int(part.split("=")[1]) for part in name.split(",")}
+        group = -1 if key["groups"] == 1 else key["k"] // key["groups"]
+        shape = {"n": key["n"], "k": key["k"], "group": group, "rank": key["rank"]}
+        problems[f"tuned {name}"] = product(key["tile_m"], **shape, **config)
+    return problems
+
+
+FULL: dict[str, Any] = {"zero": True, "bias": True, "rank": 16}
+PRODUCTS = tuned() | {
+    "rank 16": product(16, 4096, 4096, rank=16, tile_m=16, k_parts=4, splits=2),
+    "rank 16, bias": product(16, 4096, 4096, rank=16, bias=True, tile_m=16, k_parts=4),
+    "groups of 128": product(32, 28672, 4096, group=128, **FULL, tile_m=32, row_tiles=4),
+    "groups of 64": product(32, 28672, 4096, group=64, **FULL, tile_m=32, row_tiles=4),
+    "groups of 32": product(32, 28672, 4096, group=32, **FULL, tile_m=32, row_tiles=4),
+    "groups of 16": product(16, 4096, 4096, group=16, tile_m=16, row_tiles=4),
+    "256 rows": product(512, 28672, 4096, tile_m=256, row_tiles=2, blocks=1, ahead=3),
+    "256 rows, groups of 128": product(
+        512, 28672, 4096, group=128, **FULL, tile_m=256, row_tiles=2, blocks=1, ahead=3, slots=3
+    ),
+    "128 rows, groups of 32": product(128, 4096, 4096, group=32, **FULL, tile_m=128, row_tiles=2, blocks=1, slots=3),
+}
+STACKS = {
+    kind: {"kind": kind, "m": 16, "n": 1024, "layers": 4, "groups": 1, "config": {"tile_m": 16, "splits": 2}}
+    for kind in ("scan", "unrolled")
+}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Compile everything in one process of its own."""
+    described(gpu_topology)
+    dumps = tmp_path_factory.mktemp("mosaic")
+    settings = {"MOSAIC_GPU_DUMP_TO": str(dumps), "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    script = Path(__file__).with_name("compile_hopper.py")
+    done = subprocess.run(
+        [sys.executable, script],
+        input=json.dumps(PRODUCTS | STACKS),
+        env=os.environ | compiler_environment() | settings,
+        cwd=Path(__file__).parent.parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_the_kernel_compiles_as_it_should(reports, name: str):
+    report = reports[name]
+    assert "failure" not in report, report["failure"]
+    (ptxas,), (ptx,) = report["ptxas"], report["ptx"]
+    assert "sm_90a" in ptxas
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", ptxas)
+    assert spills
+    assert set(spills) == {"0"}, ptxas
+    assert "C75" not in ptxas, ptxas  # one wgmma at a time
+    assert "wgmma.mma_async" in ptx
+    assert "multimem" not in ptx  # NVLink multicast is not for us
+
+
+@pytest.mark.parametrize("kind", STACKS)
+def test_layers_of_a_stack_are_read_where_they_are(reports, kind: str):
+    """Slicing a layer out of a stack of packed weights copies nothing."""
+    report, layer = reports[kind], STACKS[kind]["n"] ** 2 // 2
+    assert "failure" not in report, report["failure"]
+    assert report["temporary_bytes"] < layer / 2

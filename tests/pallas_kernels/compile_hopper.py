@@ -1,0 +1,94 @@
+"""Compile int4 matmuls for an H200 and say what ptxas said: a process of its own, as dumps are set up at its start.
+
+Reads a JSON object of problems by name from stdin, writes one of reports to stdout. MOSAIC_GPU_DUMP_TO is the folder.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.int4_matmul.gpu import int4_matmul_mosaic_gpu
+from pallas_kernels.int4_matmul.hopper import HopperConfig, int4_matmul_hopper
+from pallas_kernels.topology import gpu_topology
+
+SHARDING = jax.sharding.SingleDeviceSharding(gpu_topology("h200").devices[0])
+BF16 = jnp.dtype(jnp.bfloat16)
+
+
+def array(shape, dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=SHARDING)
+
+
+def product(problem: dict[str, Any]):
+    m, n, k, groups, rank = (problem[name] for name in ("m", "n", "k", "groups", "rank"))
+    config = HopperConfig(**problem["config"])
+    operands = {
+        "x": array((m, k), BF16),
+        "packed": array((n, k // 2), jnp.int8),
+        "scale": array((groups, n), jnp.float32 if groups == 1 else BF16),
+        "zero": array((groups, n), jnp.int8) if problem["zero"] else None,
+        "bias": array((n,), BF16) if problem["bias"] else None,
+        "b": array((n, rank), jnp.int8) if rank else None,
+        "z": array((m, rank), BF16) if rank else None,
+    }
+
+    def run(operands):
+        return int4_matmul_hopper(**operands, config=config, out_dtype=BF16)
+
+    return run, operands
+
+
+def layers(problem: dict[str, Any]):
+    m, n, count = problem["m"], problem["n"], problem["layers"]
+    config = HopperConfig(**problem["config"])
+    stack = {"packed": array((count, n, n // 2), jnp.int8), "scale": array((count, problem["groups"], n), jnp.float32)}
+
+    def layer(x, weight):
+        packed, scale = weight["packed"], weight["scale"]
+        return int4_matmul_mosaic_gpu(
+            *(x, packed, scale, None, None, None, None, BF16), layout="fragments", config=config
+        )
+
+    def scanned(x, stack):
+        return jax.lax.scan(lambda x, weight: (layer(x, weight), None), x, stack)[0]
+
+    def unrolled(x, stack):
+        for i in range(count):
+            x = layer(x, jax.tree.map(lambda leaf, i=i: leaf[i], stack))
+        return x
+
+    return {"scan": scanned, "unrolled": unrolled}[problem["kind"]], array((m, n), BF16), stack
+
+
+def report(problem: dict[str, Any], dumps: Path) -> dict[str, Any]:
+    before = set(dumps.iterdir())
+    function, *operands = product(problem) if problem["kind"] == "product" else layers(problem)
+    compiled = jax.jit(function).lower(*operands).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    texts = {path: path.read_text(errors="replace") for path in set(dumps.iterdir()) - before}
+    return {
+        "ptxas": [text for path, text in texts.items() if path.suffix == ".ptxas"],
+        "ptx": [text for path, text in texts.items() if path.suffix == ".ptx"],
+        "temporary_bytes": memory.temp_size_in_bytes,
+    }
+
+
+def main() -> None:
+    dumps = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
+    reports = {}
+    for name, problem in json.load(sys.stdin).items():
+        try:
+            reports[name] = report(problem, dumps)
+        except Exception as failure:
+            reports[name] = {"failure": f"{type(failure).__name__}: {str(failure)[:2000]}"}
+    json.dump(reports, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
