@@ -1,0 +1,5 @@
+"""Attention to keys and values that are kept in pages."""
+
+from pallas_kernels.paged_attention.api import paged_attention
+
+__all__ = ["paged_attention"]

@@ -1,0 +1,120 @@
+"""Public paged attention: checks its operands, then hands them to a backend."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int32, Shaped
+
+from pallas_kernels import dispatch
+from pallas_kernels.paged_attention.reference import paged_attention_xla
+
+__all__ = ["paged_attention"]
+
+_LEAST_PAGE = 16
+
+
+def _mosaic_gpu(*args: Any, **kwargs: Any) -> Array:
+    # Imported when first called: a program that never runs on a GPU does not wait for Mosaic.
+    from pallas_kernels.paged_attention.gpu import paged_attention_mosaic_gpu
+
+    return paged_attention_mosaic_gpu(*args, **kwargs)
+
+
+_BACKENDS = {"mosaic_gpu": _mosaic_gpu, "xla": paged_attention_xla}
+
+
+def paged_attention(
+    q: Float[Array, "B *T N H"],
+    k_pages: Shaped[Array, "P K page H"],
+    v_pages: Shaped[Array, "P K page H"],
+    page_table: Int32[Array, "B M"],
+    lengths: Int32[Array, " B"],
+    *,
+    scale: float,
+    starts: Int32[Array, " B"] | None = None,
+    window: int | Int[Array, ""] | None = None,
+    k_scale: Float[Array, "P K page"] | None = None,
+    v_scale: Float[Array, "P K page"] | None = None,
+    implementation: dispatch.Implementation | None = None,
+) -> Float[Array, "B *T N H"]:
+    """Attend from query tokens to the keys and values of their sequences, which are kept in pages.
+
+    The key at position j of sequence b is row `j % page` of page `page_table[b, j // page]`. A query at position i sees
+    keys j with `i - window < j <= i` and `j < lengths[b]`; one that sees none gets zeros. What lies beyond a sequence's
+    last key, table entries of pages without a key that some query sees, and those pages, may hold anything.
+
+    A page keeps all tokens of a key head side by side, so that the GPU's copy engine fetches it as one piece of memory,
+    whole rows of H at a time; heads lie outside of tokens so that a cache can be divided among devices by heads.
+
+    Args:
+        q: One token a sequence, [B, N, H], or T tokens at rising contiguous positions, [B, T, N, H].
+        k_pages: Keys, floating, or int8 or float8_e4m3fn with `k_scale`. N is a multiple of K: heads in groups of N / K
+            share keys. 16 or more tokens a page.
+        v_pages: Values, likewise.
+        page_table: Numbers of pages; M x page positions at most are seen.
+        lengths: Keys in each sequence, its query tokens' own included.
+        scale: Factor on q k^T before the softmax.
+        starts: Position of each sequence's first query token; `lengths - T` by default.
+        window: How many keys a query sees at most, itself included; all by default.
+        k_scale: Factors on 8-bit keys, one for each token and head: a new token then needs no other's rescaling.
+        v_scale: Factors on 8-bit values.
+        implementation: Backend; by default the best one for this platform that can do the case.
+
+    Returns:
+        Softmax in float32 applied to the values, in q's type.
+
+    Raises:
+        ValueError: Shapes or types do not fit together; says which and what was expected.
+        NotImplementedError: The backend that was asked for cannot do this case.
+    """
+    _check(q, k_pages, v_pages, page_table, lengths, starts, window, k_scale, v_scale)
+    tokens = q[:, None] if q.ndim == 3 else q
+    if starts is None:
+        starts = lengths - tokens.shape[1]
+    if window is not None:
+        window = jnp.asarray(window, jnp.int32)
+    with jax.named_scope("paged_attention"):
+        out = dispatch.call(
+            "paged_attention",
+            _BACKENDS,
+            implementation,
+            *(tokens, k_pages, v_pages, k_scale, v_scale, page_table, lengths, starts, window),
+            scale=scale,
+        )
+    return out.reshape(q.shape)
+
+
+def _check(q, k_pages, v_pages, page_table, lengths, starts, window, k_scale, v_scale) -> None:
+    def refuse(name: str, expected: str, got: Any) -> None:
+        shown = f"{got.dtype}{list(got.shape)}" if hasattr(got, "dtype") else repr(got)
+        raise ValueError(f"paged_attention: {name} must be {expected}, got {shown}")
+
+    if q.ndim not in (3, 4) or not jnp.issubdtype(q.dtype, jnp.floating):
+        refuse("q", "floating [B, N, H] or [B, T, N, H]", q)
+    b, heads, h = q.shape[0], *q.shape[-2:]
+    narrow = k_pages.dtype in (jnp.int8, jnp.float8_e4m3fn)
+    if not (narrow or k_pages.dtype in (jnp.float32, jnp.float16, jnp.bfloat16)):
+        refuse("k_pages", "float32, float16, bfloat16, int8 or float8_e4m3fn", k_pages)
+    if k_pages.ndim != 4 or k_pages.shape[3] != h or k_pages.shape[2] < _LEAST_PAGE:
+        refuse("k_pages", f"[P, K, page, {h}] with {_LEAST_PAGE} or more tokens a page", k_pages)
+    if k_pages.shape[1] < 1 or heads % k_pages.shape[1]:
+        refuse("k_pages", f"[P, K, page, {h}] with K dividing the {heads} heads of q", k_pages)
+    if v_pages.shape != k_pages.shape or v_pages.dtype != k_pages.dtype:
+        refuse("v_pages", f"{k_pages.dtype}{list(k_pages.shape)} as k_pages is", v_pages)
+    for name, factors in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if (factors is not None) != narrow:
+            refuse(name, f"given for 8-bit pages and for no others: these are {k_pages.dtype}", factors)
+        if factors is not None and (
+            factors.shape != k_pages.shape[:3] or not jnp.issubdtype(factors.dtype, jnp.floating)
+        ):
+            refuse(name, f"floating {list(k_pages.shape[:3])}", factors)
+    if page_table.ndim != 2 or page_table.shape[0] != b or page_table.shape[1] < 1 or page_table.dtype != jnp.int32:
+        refuse("page_table", f"int32 [{b}, M]", page_table)
+    for name, places in (("lengths", lengths), ("starts", starts)):
+        if places is not None and (places.shape != (b,) or places.dtype != jnp.int32):
+            refuse(name, f"int32 [{b}]", places)
+    if isinstance(window, int) and window < 1:
+        refuse("window", "one key or more", window)
+    if not isinstance(window, int | None) and (window.shape != () or not jnp.issubdtype(window.dtype, jnp.integer)):
+        refuse("window", "an integer", window)

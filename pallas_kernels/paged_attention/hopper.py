@@ -1,0 +1,424 @@
+"""Attention to keys and values in pages, for Hopper in Mosaic GPU: decode with split keys, and chunks of a prompt.
+
+A block of threads takes one key head of one sequence, up to 64 x `row_tiles` of its query rows (a row is a token and
+one of the query heads that share the key head), and a share of its keys. One warpgroup brings tiles of 64 keys and
+values into shared memory by TMA, page by page; the others hold 64 rows each, as wgmma wants, and go over the tiles with
+a softmax that is rescaled as its maximum grows. With few rows most of those 64 are empty. That costs tensor-core time
+that waiting for memory leaves over: 64 bfloat16 keys of 128 take an H200 1,700 cycles to read and 512 to multiply, and
+in return scores become the left operand of the next product without leaving their registers. (Operands the other way
+round, as in `int4_matmul`, would have them go through shared memory, and maxima across warps.)
+
+`parts` warpgroups of a block take turns with tiles, so that one multiplies while another waits; their sums meet in
+shared memory. `splits` blocks share the keys of a sequence; what each found, and the logarithm of its sum, goes to
+global memory, and XLA brings it together: a cluster would do without that, but larger clusters leave multiprocessors
+empty (`int4_matmul.gpu`), and a single sequence needs more than the eight blocks that a cluster may have.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, BFloat16, Float, Float32, Int32, Shaped
+
+from pallas_kernels.int4_matmul.fragments import ROWS, hold
+from pallas_kernels.paged_attention.plan import TILE, HopperConfig, Problem, Span
+
+_WGMMA = plgpu.Layout.WGMMA
+_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+_UPCAST = plgpu.Layout.WGMMA_UPCAST_2X
+_Accumulator: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+_tiling: Any = plgpu.TilingTransform
+_swizzle: Any = plgpu.SwizzleTransform
+
+
+def paged_attention_hopper(
+    q: BFloat16[Array, "B K R H"],
+    k_pages: Shaped[Array, "P K page H"],
+    v_pages: Shaped[Array, "P K page H"],
+    k_scale: Float32[Array, "P K page"] | None,
+    v_scale: Float32[Array, "P K page"] | None,
+    page_table: Int32[Array, "B M"],
+    lengths: Int32[Array, " B"],
+    starts: Int32[Array, " B"],
+    window: Int32[Array, "1"] | None,
+    *,
+    problem: Problem,
+    config: HopperConfig,
+    interpret: plgpu.InterpretGPUParams | bool = False,
+) -> tuple[Float[Array, "S B K R H"], Float32[Array, "S B K R"] | None]:
+    """Give what each split found, and the binary logarithms of the sums of its weights where there are several splits.
+
+    q is padded to `problem.padded_rows`; R of the results is no less than `problem.rows`.
+    """
+    b, kv_heads, padded, h = q.shape
+    assert padded == problem.padded_rows(config)
+    assert h % TILE == 0
+    kernel = _Kernel(
+        config, problem, h=h, page=k_pages.shape[2], capacity=page_table.shape[1], interpret=bool(interpret)
+    )
+    out_rows = problem.rows if padded <= TILE else padded
+    tiles = -(-padded // TILE)
+    out = [jax.ShapeDtypeStruct((config.splits, b, kv_heads, out_rows, h), kernel.result_dtype)]
+    if config.splits > 1:
+        out.append(jax.ShapeDtypeStruct((config.splits, b, kv_heads, tiles * TILE), jnp.float32))
+    optional = {"k_scale": k_scale, "v_scale": v_scale, "window": window}
+    given = {name: operand for name, operand in optional.items() if operand is not None}
+    shared = kernel.scratch(k_pages.dtype)
+    names = (*given, "out", *(("sums_out",) if config.splits > 1 else ()), *shared)
+
+    def body(q, k, v, table, lengths, starts, *rest):
+        kernel(q=q, k=k, v=v, table=table, lengths=lengths, starts=starts, **dict(zip(names, rest, strict=True)))
+
+    run = plgpu.kernel(
+        body,
+        out_type=out,
+        grid=(config.splits, kv_heads, b, tiles // config.row_tiles),
+        grid_names=("split", "head", "sequence", "rows"),
+        num_threads=config.warpgroups + 1,
+        thread_name="warpgroup",
+        scratch_types=list(shared.values()),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )
+    result = run(q, k_pages, v_pages, page_table, lengths, starts, *given.values())
+    return result[0], result[1][..., :out_rows] if config.splits > 1 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    """The program of a block."""
+
+    config: HopperConfig
+    problem: Problem
+    h: int
+    page: int
+    capacity: int
+    interpret: bool
+
+    @property
+    def result_dtype(self) -> jnp.dtype:
+        return self.problem.out_dtype if self.config.splits == 1 else jnp.dtype(jnp.float32)
+
+    @property
+    def out_columns(self) -> int:
+        """Columns of the result that are stored at a time: float32 goes in halves, to leave shared memory to keys."""
+        return self.h * 2 // self.result_dtype.itemsize
+
+    @property
+    def piece(self) -> int:
+        """Keys that one copy brings."""
+        return min(self.page, TILE)
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of a tile of q in global memory."""
+        return min(TILE, self.problem.padded_rows(self.config))
+
+    @property
+    def overlap(self) -> bool:
+        return self.config.overlap and not self.interpret
+
+    def scratch(self, kv_dtype) -> dict:
+        config, h = self.config, self.h
+        quantized = kv_dtype.itemsize == 1
+        copies = TILE // self.piece
+        ring = _shared((config.stages, TILE, h), kv_dtype)
+        full = plgpu.Barrier(num_arrivals=2 * copies if quantized else copies, num_barriers=config.stages)
+        empty = plgpu.Barrier(num_arrivals=config.row_tiles, num_barriers=config.stages)
+        shapes = {
+            "q_tile": _shared((config.warpgroups, TILE, h), jnp.bfloat16),
+            "q_full": plgpu.Barrier(num_arrivals=config.warpgroups),
+            "k_ring": ring,
+            "v_ring": ring,
+            "k_full": full,
+            "v_full": full,
+            "k_empty": empty,
+            "v_empty": empty,
+            "out_tile": plgpu.SMEM((config.row_tiles, TILE, self.out_columns), self.result_dtype),
+        }
+        if quantized:
+            shapes["wide_tile"] = _shared((config.warpgroups, TILE, h), jnp.bfloat16)
+            shapes["k_scales"] = shapes["v_scales"] = plgpu.SMEM((config.stages, TILE), jnp.float32)
+        if config.splits > 1:
+            shapes["sums_tile"] = plgpu.SMEM((config.row_tiles, TILE), jnp.float32)
+        if config.parts > 1:
+            others = (config.parts - 1, config.row_tiles)
+            shapes["part_out"] = _shared((*others, TILE, h), jnp.float32)
+            shapes["part_top"] = shapes["part_sum"] = plgpu.SMEM((*others, TILE), jnp.float32)
+            shapes["part_full"] = plgpu.Barrier(num_arrivals=config.parts - 1, num_barriers=config.row_tiles)
+        return shapes
+
+    def __call__(self, **refs) -> None:
+        warpgroup = lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup == self.config.warpgroups)
+        def _():
+            self._feed(**refs)
+
+        @pl.when(warpgroup < self.config.warpgroups)
+        def _():
+            self._compute(warpgroup, **refs)
+
+    def _span(self, lengths, starts, window=None, **_) -> Span:
+        if self.overlap:
+            plgpu.griddepcontrol_wait()
+        sequence = lax.axis_index("sequence")
+        return Span.of(
+            self.config,
+            self.problem,
+            length=jnp.minimum(lengths[sequence], self.capacity * self.page),
+            start=starts[sequence],
+            window=None if window is None else window[0],
+            piece=self.piece,
+            rows=lax.axis_index("rows"),
+            split=lax.axis_index("split"),
+        )
+
+    def _feed(self, *, q, k, v, table, q_tile, q_full, **refs) -> None:
+        """Bring q, then tiles of keys and values, into shared memory."""
+        config = self.config
+        span = self._span(**refs)
+        sequence, head = lax.axis_index("sequence"), lax.axis_index("head")
+        for warpgroup in range(config.warpgroups):
+            row = (lax.axis_index("rows") * config.row_tiles + warpgroup // config.parts) * TILE
+            rows = pl.ds(0 if self.tile_rows < TILE else row, self.tile_rows)
+            tile = q_tile.at[warpgroup, pl.ds(0, self.tile_rows)]
+            plgpu.copy_gmem_to_smem(q.at[sequence, head, rows], tile, q_full)
+        last = jnp.maximum(lax.div(span.high - 1, jnp.int32(self.page)), 0)
+        count = span.end - span.begin
+
+        def pages(i):
+            # Beyond the last key its page is read again: entries of the table beyond it may hold anything.
+            first = span.base + (span.begin + i) * TILE
+            places = [first + j * self.piece for j in range(TILE // self.piece)]
+            return tuple(table[sequence, jnp.minimum(lax.div(at, jnp.int32(self.page)), last)] for at in places)
+
+        def fill(i, numbers):
+            stage = lax.rem(i, jnp.int32(config.stages))
+            offset = lax.rem(span.base + (span.begin + i) * TILE, jnp.int32(self.page)) if self.page > TILE else 0
+            for name, array in (("k", k), ("v", v)):
+
+                @pl.when(i >= config.stages)
+                def _(name=name):
+                    plgpu.barrier_wait(refs[f"{name}_empty"].at[stage])
+
+                for j, number in enumerate(numbers):
+                    source, into = pl.ds(offset, self.piece), pl.ds(j * self.piece, self.piece)
+                    full = refs[f"{name}_full"].at[stage]
+                    plgpu.copy_gmem_to_smem(array.at[number, head, source], refs[f"{name}_ring"].at[stage, into], full)
+                    if f"{name}_scale" in refs:
+                        scales = refs[f"{name}_scale"].at[number, head, source]
+                        plgpu.copy_gmem_to_smem(scales, refs[f"{name}_scales"].at[stage, into], full)
+
+        # Page numbers of the first tiles are read all at once, then one tile ahead: each takes as long as a tile.
+        ahead = [pages(jnp.int32(i)) for i in range(config.stages + 1)]
+        for i in range(config.stages):
+
+            @pl.when(i < count)
+            def _(i=i):
+                fill(jnp.int32(i), ahead[i])
+
+        def step(i, numbers):
+            following = pages(i + 1)
+            fill(i, numbers)
+            return following
+
+        lax.fori_loop(config.stages, count, step, ahead[-1])
+        for i in range(config.stages):
+
+            @pl.when(i < count)
+            def _(i=i):
+                plgpu.barrier_wait(refs["k_empty"].at[i])
+                plgpu.barrier_wait(refs["v_empty"].at[i])
+
+    def _compute(self, warpgroup, *, q_tile, q_full, k_ring, v_ring, **refs) -> None:
+        """Attend from 64 rows to the tiles of a part."""
+        config = self.config
+        span = self._span(**refs)
+        row_tile, part = warpgroup // config.parts, lax.rem(warpgroup, jnp.int32(config.parts))
+        count, clear = span.turns(config, part)
+        bound = functools.partial(self._bounds, span, row_tile)
+        wide = refs["wide_tile"].at[warpgroup] if "wide_tile" in refs else None
+        plgpu.barrier_wait(q_full)
+
+        def step(i, carry, *, masked: bool, last: bool):
+            acc, top, total = carry
+            turn = part + i * config.parts
+            stage = lax.rem(turn, jnp.int32(config.stages))
+            first = span.base + (span.begin + turn) * TILE
+            scores = self._scores(q_tile.at[warpgroup], k_ring.at[stage], wide, stage, refs)
+            plgpu.barrier_arrive(refs["k_empty"].at[stage])
+            if masked:
+                scores = jnp.where(bound(first), scores, -jnp.inf)
+            new_top = jnp.maximum(top, scores.max(axis=1))
+            # A row that has seen nothing has no top: it must not turn into infinity minus infinity.
+            finite = jnp.where(new_top == -jnp.inf, 0.0, new_top)
+            fade = jnp.exp2(top - finite)
+            weights = jnp.exp2(scores - _across(finite, scores.shape))
+            total = total * fade + weights.sum(axis=1)
+            plgpu.barrier_wait(refs["v_full"].at[stage])
+            values = v_ring.at[stage]
+            if wide is not None:
+                factors = _column_values(refs["v_scales"].at[stage])
+                self._widen(values, wide, span.high - first if last else None)
+                values = wide
+                weights = weights * _down(factors, weights.shape)
+                if masked:  # scales beyond the last key may be anything
+                    weights = jnp.where(bound(first), weights, 0.0)
+            elif last:
+                # q is not needed any more, and takes the values without what lies beyond the last key.
+                self._widen(values, q_tile.at[warpgroup], span.high - first)
+                values = q_tile.at[warpgroup]
+            acc = self._add_product(acc * _across(fade, acc.shape), weights.astype(jnp.bfloat16), values)
+            plgpu.barrier_arrive(refs["v_empty"].at[stage])
+            return acc, new_top, total
+
+        carry = (
+            plgpu.layout_cast(jnp.zeros((TILE, self.h), jnp.float32), _WGMMA),
+            plgpu.layout_cast(jnp.full((TILE,), -jnp.inf, jnp.float32), ROWS),
+            plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ROWS),
+        )
+        ahead = jnp.maximum(count - 1, 0)
+        if not self.problem.windowed:
+            carry = lax.fori_loop(0, clear, functools.partial(step, masked=False, last=False), carry)
+        if self.problem.windowed or self.problem.tokens > 1:
+            carry = lax.fori_loop(clear, ahead, functools.partial(step, masked=True, last=False), carry)
+        carry = lax.fori_loop(ahead, count, functools.partial(step, masked=True, last=True), carry)
+        if self.overlap:
+            plgpu.griddepcontrol_launch_dependents()
+        self._merge(carry, row_tile, part, **refs)
+
+    def _scores(self, q, keys, wide, stage, refs) -> jax.Array:
+        """Give scaled scores to base two."""
+        plgpu.barrier_wait(refs["k_full"].at[stage])
+        factors = None
+        if wide is not None:
+            factors = _column_values(refs["k_scales"].at[stage])
+            self._widen(keys, wide, None)
+            keys = wide
+
+        def product(acc):
+            plgpu.wgmma(acc, q, keys.T)
+            plgpu.wgmma_wait(0)
+            return hold(acc[...], interpret=self.interpret)
+
+        scores = pl.run_scoped(product, _Accumulator((TILE, TILE), jnp.float32))
+        scores = scores * (self.problem.scale * math.log2(math.e))
+        return scores if factors is None else scores * _down(factors, scores.shape)
+
+    def _widen(self, source, target, count) -> None:
+        """Copy a tile into `target` in bfloat16; where `count` is given, with zeros from that row on.
+
+        Whatever was read of the stage before is committed too: TMA may then write there.
+        """
+        layout = _WGMMA if jnp.dtype(source.dtype).itemsize == 2 else _UPCAST
+        tile = plgpu.load(source, layout=layout)
+        if tile.dtype == jnp.float8_e4m3fn:  # Hopper converts it to float16 alone
+            tile = tile.astype(jnp.float16).astype(jnp.float32)
+        tile = tile.astype(jnp.bfloat16)
+        if count is not None:
+            tile = jnp.where(plgpu.broadcasted_iota(jnp.int32, tile.shape, 0, layout=layout) < count, tile, 0.0)
+        target[...] = tile
+        plgpu.commit_smem()
+
+    def _bounds(self, span: Span, row_tile, first) -> jax.Array:
+        """Say which keys of a tile from key `first` on each row sees."""
+        problem, shape = self.problem, (TILE, TILE)
+        keys = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=_WGMMA)
+        if problem.tokens == 1:
+            seen = keys < span.high - first
+            return seen if span.window is None else seen & (keys > span.start - span.window - first)
+        rows = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA)
+        rows = rows + (lax.axis_index("rows") * self.config.row_tiles + row_tile) * TILE
+        position = span.start - first + lax.div(rows, jnp.full(shape, problem.group, jnp.int32))
+        seen = (keys <= position) & (keys < span.length - first)
+        return seen if span.window is None else seen & (keys > position - span.window)
+
+    def _add_product(self, acc, weights, values) -> jax.Array:
+        def product(total):
+            total[...] = acc
+            plgpu.wgmma(total, weights, values)
+            plgpu.wgmma_wait(0)
+            return hold(total[...], interpret=self.interpret)
+
+        return pl.run_scoped(product, _Accumulator(acc.shape, jnp.float32))
+
+    def _merge(self, carry, row_tile, part, **refs) -> None:
+        """Bring the parts together, and store."""
+        config = self.config
+        if config.parts == 1:
+            self._store(carry, row_tile, **refs)
+            return
+        acc, top, total = carry
+        places = [refs[name] for name in ("part_out", "part_top", "part_sum")]
+        ready = refs["part_full"].at[row_tile]
+
+        @pl.when(part > 0)
+        def _():
+            for place, value in zip(places, carry, strict=True):
+                place[part - 1, row_tile] = value
+            plgpu.barrier_arrive(ready)
+
+        @pl.when(part == 0)
+        def _():
+            plgpu.barrier_wait(ready)
+            out, high, sums = acc, top, total
+            for other in range(config.parts - 1):
+                other_acc = plgpu.load(places[0].at[other, row_tile], layout=_WGMMA)
+                other_top, other_sum = (_row_values(place.at[other, row_tile]) for place in places[1:])
+                new = jnp.maximum(high, other_top)
+                finite = jnp.where(new == -jnp.inf, 0.0, new)
+                fade, other_fade = jnp.exp2(high - finite), jnp.exp2(other_top - finite)
+                out = out * _across(fade, out.shape) + other_acc * _across(other_fade, out.shape)
+                high, sums = new, sums * fade + other_sum * other_fade
+            self._store((out, high, sums), row_tile, **refs)
+
+    def _store(self, carry, row_tile, *, out, out_tile, sums_out=None, sums_tile=None, **_) -> None:
+        acc, top, total = carry
+        acc = acc * _across(jnp.where(total > 0, 1 / total, 0.0), acc.shape)
+        place = tuple(lax.axis_index(name) for name in ("split", "sequence", "head"))
+        first = (lax.axis_index("rows") * self.config.row_tiles + row_tile) * TILE
+        rows = min(TILE, out.shape[3])
+        target = out.at[*place, pl.ds(0 if rows < TILE else first, rows)]
+        if sums_tile is not None:
+            sums_tile[row_tile] = jnp.where(total > 0, top + jnp.log2(total), -jnp.inf)
+        for column in range(0, self.h, self.out_columns):
+            columns = pl.ds(column, self.out_columns)
+            out_tile[row_tile] = acc[:, column : column + self.out_columns].astype(self.result_dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_tile.at[row_tile, pl.ds(0, rows)], target.at[:, columns])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if sums_out is not None and sums_tile is not None:
+            plgpu.copy_smem_to_gmem(sums_tile.at[row_tile], sums_out.at[*place, pl.ds(first, TILE)])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _across(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Repeat one value a row."""
+    return lax.broadcast_in_dim(values, shape, (0,))
+
+
+def _down(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Repeat one value a column."""
+    return lax.broadcast_in_dim(values, shape, (1,))
+
+
+def _row_values(ref) -> jax.Array:
+    return plgpu.load(ref, layout=ROWS, optimized=False)
+
+
+def _column_values(ref) -> jax.Array:
+    return plgpu.load(ref, layout=_COLUMNS, optimized=False)
+
+
+def _shared(shape: tuple[int, ...], dtype):
+    """Declare shared memory whose last axis is cut into swizzled pieces of up to 128 bytes."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = min(128, shape[-1] * itemsize)
+    return plgpu.SMEM(shape, dtype, transforms=(_tiling((8, swizzle // itemsize)), _swizzle(swizzle)))

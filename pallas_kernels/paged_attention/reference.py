@@ -1,0 +1,47 @@
+"""The specification of `paged_attention`, in plain XLA; every other backend is tested against it."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Shaped
+
+
+def paged_attention_xla(
+    q: Float[Array, "B T N H"],
+    k_pages: Shaped[Array, "P K page H"],
+    v_pages: Shaped[Array, "P K page H"],
+    k_scale: Float[Array, "P K page"] | None,
+    v_scale: Float[Array, "P K page"] | None,
+    page_table: Int32[Array, "B M"],
+    lengths: Int32[Array, " B"],
+    starts: Int32[Array, " B"],
+    window: Int32[Array, ""] | None,
+    *,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """Compute what `paged_attention` documents, everything in float32.
+
+    It gathers all M pages of every sequence, whatever the lengths: memory for B x M x page keys and values is needed.
+    """
+    b, t, n, h = q.shape
+    keys = jnp.arange(page_table.shape[1] * k_pages.shape[2])
+    positions = starts[:, None] + jnp.arange(t)
+    seen = (keys <= positions[..., None]) & (keys < lengths[:, None, None])
+    if window is not None:
+        seen = seen & (keys > positions[..., None] - window)
+    used = seen.any(axis=1)
+
+    def gather(pages: Array, factors: Array | None) -> Float[Array, "B S K H"]:
+        array = pages[page_table].astype(jnp.float32)
+        if factors is not None:
+            array = array * factors[page_table].astype(jnp.float32)[..., None]
+        array = jnp.swapaxes(array, 2, 3).reshape(b, keys.size, pages.shape[1], h)
+        return jnp.where(used[..., None, None], array, 0)
+
+    k, v = gather(k_pages, k_scale), gather(v_pages, v_scale)
+    grouped = q.astype(jnp.float32).reshape(b, t, k.shape[2], -1, h)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k) * scale
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    top = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0, top))
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = weights / jnp.where(total == 0, 1, total)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, n, h).astype(q.dtype)
