@@ -72,15 +72,22 @@ PRODUCTS = tuned() | {
     "rank 16": product(16, 4096, 4096, rank=16, tile_m=16, k_parts=4, splits=2),
     "rank 16, bias": product(16, 4096, 4096, rank=16, bias=True, tile_m=16, k_parts=4),
     "groups of 128": product(32, 28672, 4096, group=128, **FULL, tile_m=32, row_tiles=4),
-    "groups of 64": product(32, 28672, 4096, group=64, **FULL, tile_m=32, row_tiles=4),
-    "groups of 32": product(32, 28672, 4096, group=32, **FULL, tile_m=32, row_tiles=4),
-    "groups of 16": product(16, 4096, 4096, group=16, tile_m=16, row_tiles=4),
+    "groups of 64": product(32, 28672, 4096, group=64, **FULL, tile_m=32, row_tiles=2),
+    "groups of 32": product(32, 28672, 4096, group=32, **FULL, tile_m=32, row_tiles=2),
     "256 rows": product(512, 28672, 4096, tile_m=256, row_tiles=2, blocks=1, ahead=3),
     "256 rows, groups of 128": product(
         512, 28672, 4096, group=128, **FULL, tile_m=256, row_tiles=2, blocks=1, ahead=3, slots=3
     ),
     "128 rows, groups of 32": product(128, 4096, 4096, group=32, **FULL, tile_m=128, row_tiles=2, blocks=1, slots=3),
 }
+TIGHT = {
+    "groups of 64, four warpgroups": product(32, 28672, 4096, group=64, **FULL, tile_m=32, row_tiles=4),
+    "groups of 32, four warpgroups": product(32, 28672, 4096, group=32, **FULL, tile_m=32, row_tiles=4),
+    "groups of 16, four warpgroups": product(16, 4096, 4096, group=16, tile_m=16, row_tiles=4),
+    "groups of 128, 64 rows": product(64, 28672, 4096, group=128, **FULL, tile_m=64, row_tiles=4),
+}
+"""Cuts whose accumulators, one for each group of a step, do not fit the 96 registers that a thread then has."""
+
 STACKS = {
     kind: {"kind": kind, "m": 16, "n": 1024, "layers": 4, "groups": 1, "config": {"tile_m": 16, "splits": 2}}
     for kind in ("scan", "unrolled")
@@ -96,7 +103,7 @@ def reports(tmp_path_factory):
     script = Path(__file__).with_name("compile_hopper.py")
     done = subprocess.run(
         [sys.executable, script],
-        input=json.dumps(PRODUCTS | STACKS),
+        input=json.dumps(PRODUCTS | TIGHT | STACKS),
         env=os.environ | compiler_environment() | settings,
         cwd=Path(__file__).parent.parent.parent,
         capture_output=True,
@@ -107,7 +114,9 @@ def reports(tmp_path_factory):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize(
+    "name", [*PRODUCTS, *(pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="spills")) for name in TIGHT)]
+)
 def test_the_kernel_compiles_as_it_should(reports, name: str):
     report = reports[name]
     assert "failure" not in report, report["failure"]
