@@ -24,7 +24,7 @@ class Case:
     gated: bool = False
     int8_factors: bool = False
     dtype: str = "float32"
-    scale_spread: float = 1.0
+    scale_spread: float = 2.0
 
     def operands(self, *, seed: int = 0) -> tuple[tuple[jax.Array, ...], dict]:
         """Draw random operands: positional (x, packed, scale) and keyword ones of `int4_matmul`."""
