@@ -29,6 +29,9 @@ from jaxtyping import Array, BFloat16, Float, Float32, Int32, Shaped
 from pallas_kernels.int4_matmul.fragments import ROWS, hold
 from pallas_kernels.paged_attention.plan import TILE, HopperConfig, Problem, Span
 
+_REGISTERS = 65_536
+_FEEDER_REGISTERS = 72
+
 _WGMMA = plgpu.Layout.WGMMA
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 _UPCAST = plgpu.Layout.WGMMA_UPCAST_2X
@@ -124,6 +127,18 @@ class _Kernel:
     def overlap(self) -> bool:
         return self.config.overlap and not self.interpret
 
+    @property
+    def registers(self) -> int | None:
+        """Registers that a computing thread gets from the feeding warpgroup's; None where they suffice as they are.
+
+        What is taken and given must balance: a warpgroup that asks for more than there are waits for ever.
+        """
+        compute = self.config.warpgroups
+        if self.interpret or compute < 2 or self.problem.tokens == 1:
+            return None
+        start = _REGISTERS // (128 * (compute + 1)) // 8 * 8
+        return min(240, (start * (compute + 1) - _FEEDER_REGISTERS) // compute // 8 * 8)
+
     def scratch(self, kv_dtype) -> dict:
         config, h = self.config, self.h
         quantized = kv_dtype.itemsize == 1
@@ -155,14 +170,18 @@ class _Kernel:
         return shapes
 
     def __call__(self, **refs) -> None:
-        warpgroup = lax.axis_index("warpgroup")
+        warpgroup, registers = lax.axis_index("warpgroup"), self.registers
 
         @pl.when(warpgroup == self.config.warpgroups)
         def _():
+            if registers is not None:
+                plgpu.set_max_registers(_FEEDER_REGISTERS, action="decrease")
             self._feed(**refs)
 
         @pl.when(warpgroup < self.config.warpgroups)
         def _():
+            if registers is not None:
+                plgpu.set_max_registers(registers, action="increase")
             self._compute(warpgroup, **refs)
 
     def _span(self, lengths, starts, window=None, **_) -> Span:
@@ -262,6 +281,9 @@ class _Kernel:
             fade = jnp.exp2(top - finite)
             weights = jnp.exp2(scores - _across(finite, scores.shape))
             total = total * fade + weights.sum(axis=1)
+            acc = acc * _across(fade, acc.shape)
+            if wide is None:
+                weights = weights.astype(jnp.bfloat16)
             plgpu.barrier_wait(refs["v_full"].at[stage])
             values = v_ring.at[stage]
             if wide is not None:
@@ -275,7 +297,7 @@ class _Kernel:
                 # q is not needed any more, and takes the values without what lies beyond the last key.
                 self._widen(values, q_tile.at[warpgroup], span.high - first)
                 values = q_tile.at[warpgroup]
-            acc = self._add_product(acc * _across(fade, acc.shape), weights.astype(jnp.bfloat16), values)
+            acc = self._add_product(acc, weights.astype(jnp.bfloat16), values)
             plgpu.barrier_arrive(refs["v_empty"].at[stage])
             return acc, new_top, total
 
@@ -317,14 +339,17 @@ class _Kernel:
 
         Whatever was read of the stage before is committed too: TMA may then write there.
         """
-        layout = _WGMMA if jnp.dtype(source.dtype).itemsize == 2 else _UPCAST
-        tile = plgpu.load(source, layout=layout)
-        if tile.dtype == jnp.float8_e4m3fn:  # Hopper converts it to float16 alone
-            tile = tile.astype(jnp.float16).astype(jnp.float32)
-        tile = tile.astype(jnp.bfloat16)
-        if count is not None:
-            tile = jnp.where(plgpu.broadcasted_iota(jnp.int32, tile.shape, 0, layout=layout) < count, tile, 0.0)
-        target[...] = tile
+        narrow = jnp.dtype(source.dtype).itemsize == 1
+        layout = _UPCAST if narrow else _WGMMA
+        columns = min(self.h, 128 if narrow else 64)  # those of a swizzled piece: few registers at a time
+        for first in range(0, self.h, columns):
+            tile = plgpu.load(source.at[:, pl.ds(first, columns)], layout=layout)
+            if tile.dtype == jnp.float8_e4m3fn:  # Hopper converts it to float16 alone
+                tile = tile.astype(jnp.float16).astype(jnp.float32)
+            tile = tile.astype(jnp.bfloat16)
+            if count is not None:
+                tile = jnp.where(plgpu.broadcasted_iota(jnp.int32, tile.shape, 0, layout=layout) < count, tile, 0.0)
+            target[:, pl.ds(first, columns)] = tile
         plgpu.commit_smem()
 
     def _bounds(self, span: Span, row_tile, first) -> jax.Array:
