@@ -1,0 +1,162 @@
+"""Paged attention on Hopper: a block's shared memory, and how queries, keys and values get there."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.paged_attention.plan import TILE, HopperConfig, Problem, Span
+
+_tiling: Any = plgpu.TilingTransform
+_swizzle: Any = plgpu.SwizzleTransform
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A block of threads: its shared memory, and the warpgroup that fills it."""
+
+    config: HopperConfig
+    problem: Problem
+    h: int
+    page: int
+    capacity: int
+    interpret: bool
+
+    @property
+    def result_dtype(self) -> jnp.dtype:
+        """Type of what is stored: float32 where splits are still to be brought together."""
+        return self.problem.out_dtype if self.config.splits == 1 else jnp.dtype(jnp.float32)
+
+    @property
+    def out_columns(self) -> int:
+        """Columns of the result that are stored at a time: float32 goes in halves, to leave shared memory to keys."""
+        return self.h * 2 // self.result_dtype.itemsize
+
+    @property
+    def piece(self) -> int:
+        """Keys that one copy brings."""
+        return min(self.page, TILE)
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of a tile of q in global memory."""
+        return min(TILE, self.problem.padded_rows(self.config))
+
+    @property
+    def overlap(self) -> bool:
+        """Say whether the kernel starts before the one ahead of it has ended; the interpreter runs one at a time."""
+        return self.config.overlap and not self.interpret
+
+    def scratch(self, kv_dtype) -> dict:
+        """Declare shared memory and barriers, by name."""
+        config, h = self.config, self.h
+        quantized = kv_dtype.itemsize == 1
+        copies = TILE // self.piece
+        ring = _shared((config.stages, TILE, h), kv_dtype)
+        full = plgpu.Barrier(num_arrivals=2 * copies if quantized else copies, num_barriers=config.stages)
+        empty = plgpu.Barrier(num_arrivals=config.row_tiles, num_barriers=config.stages)
+        shapes = {
+            "q_tile": _shared((config.warpgroups, TILE, h), jnp.bfloat16),
+            "q_full": plgpu.Barrier(num_arrivals=config.warpgroups),
+            "k_ring": ring,
+            "v_ring": ring,
+            "k_full": full,
+            "v_full": full,
+            "k_empty": empty,
+            "v_empty": empty,
+            "out_tile": plgpu.SMEM((config.row_tiles, TILE, self.out_columns), self.result_dtype),
+        }
+        if quantized:
+            shapes["wide_tile"] = _shared((config.warpgroups, TILE, h), jnp.bfloat16)
+            shapes["k_scales"] = shapes["v_scales"] = plgpu.SMEM((config.stages, TILE), jnp.float32)
+        if config.splits > 1:
+            shapes["sums_tile"] = plgpu.SMEM((config.row_tiles, TILE), jnp.float32)
+        if config.parts > 1:
+            others = (config.parts - 1, config.row_tiles)
+            shapes["part_out"] = _shared((*others, TILE, h), jnp.float32)
+            shapes["part_top"] = shapes["part_sum"] = plgpu.SMEM((*others, TILE), jnp.float32)
+            shapes["part_full"] = plgpu.Barrier(num_arrivals=config.parts - 1, num_barriers=config.row_tiles)
+        return shapes
+
+    def span(self, lengths, starts, window=None, **_) -> Span:
+        """Read what says which tiles are this block's."""
+        if self.overlap:
+            plgpu.griddepcontrol_wait()
+        sequence = lax.axis_index("sequence")
+        return Span.of(
+            self.config,
+            self.problem,
+            length=jnp.minimum(lengths[sequence], self.capacity * self.page),
+            start=starts[sequence],
+            window=None if window is None else window[0],
+            piece=self.piece,
+            rows=lax.axis_index("rows"),
+            split=lax.axis_index("split"),
+        )
+
+    def feed(self, *, q, k, v, table, q_tile, q_full, **refs) -> None:
+        """Bring q, then tiles of keys and values, into shared memory."""
+        config = self.config
+        span = self.span(**refs)
+        sequence, head = lax.axis_index("sequence"), lax.axis_index("head")
+        for warpgroup in range(config.warpgroups):
+            row = (lax.axis_index("rows") * config.row_tiles + warpgroup // config.parts) * TILE
+            rows = pl.ds(0 if self.tile_rows < TILE else row, self.tile_rows)
+            tile = q_tile.at[warpgroup, pl.ds(0, self.tile_rows)]
+            plgpu.copy_gmem_to_smem(q.at[sequence, head, rows], tile, q_full)
+        last = jnp.maximum(lax.div(span.high - 1, jnp.int32(self.page)), 0)
+        count = span.end - span.begin
+
+        def pages(i):
+            # Beyond the last key its page is read again: entries of the table beyond it may hold anything.
+            first = span.base + (span.begin + i) * TILE
+            places = [first + j * self.piece for j in range(TILE // self.piece)]
+            return tuple(table[sequence, jnp.minimum(lax.div(at, jnp.int32(self.page)), last)] for at in places)
+
+        def fill(i, numbers):
+            stage = lax.rem(i, jnp.int32(config.stages))
+            offset = lax.rem(span.base + (span.begin + i) * TILE, jnp.int32(self.page)) if self.page > TILE else 0
+            for name, array in (("k", k), ("v", v)):
+
+                @pl.when(i >= config.stages)
+                def _(name=name):
+                    plgpu.barrier_wait(refs[f"{name}_empty"].at[stage])
+
+                for j, number in enumerate(numbers):
+                    source, into = pl.ds(offset, self.piece), pl.ds(j * self.piece, self.piece)
+                    full = refs[f"{name}_full"].at[stage]
+                    plgpu.copy_gmem_to_smem(array.at[number, head, source], refs[f"{name}_ring"].at[stage, into], full)
+                    if f"{name}_scale" in refs:
+                        scales = refs[f"{name}_scale"].at[number, head, source]
+                        plgpu.copy_gmem_to_smem(scales, refs[f"{name}_scales"].at[stage, into], full)
+
+        # Page numbers of the first tiles are read all at once, then one tile ahead: each takes as long as a tile.
+        ahead = [pages(jnp.int32(i)) for i in range(config.stages + 1)]
+        for i in range(config.stages):
+
+            @pl.when(i < count)
+            def _(i=i):
+                fill(jnp.int32(i), ahead[i])
+
+        def step(i, numbers):
+            following = pages(i + 1)
+            fill(i, numbers)
+            return following
+
+        lax.fori_loop(config.stages, count, step, ahead[-1])
+        for i in range(config.stages):
+
+            @pl.when(i < count)
+            def _(i=i):
+                plgpu.barrier_wait(refs["k_empty"].at[i])
+                plgpu.barrier_wait(refs["v_empty"].at[i])
+
+
+def _shared(shape: tuple[int, ...], dtype):
+    """Declare shared memory whose last axis is cut into swizzled pieces of up to 128 bytes."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = min(128, shape[-1] * itemsize)
+    return plgpu.SMEM(shape, dtype, transforms=(_tiling((8, swizzle // itemsize)), _swizzle(swizzle)))
