@@ -53,7 +53,7 @@ def int4_matmul_mosaic_gpu(
     config: HopperConfig | None = None,
     interpret: plgpu.InterpretGPUParams | bool = False,
 ) -> Float[Array, "*B N"]:
-    """Compute what `int4_matmul` documents; z in bfloat16, group scales of 128 and more rows of x likewise.
+    """Compute what `int4_matmul` documents; z in bfloat16, and group scales too for more than 16 rows of x.
 
     Weights laid out by rows are reordered at every call, `bt` is transposed and ranks are filled up to multiples of 16:
     for speed, bring weights into fragments and compensators into such a `b` once.
@@ -183,7 +183,7 @@ def candidates(tile_m: int, n: int, k: int, *, groups: int = 1) -> list[HopperCo
     for row_tiles in (1, 2, 3, 4):
         for k_parts in (1,) if large else (1, 2, 4):
             for splits in (1, 2, 4) if large else (1, 2, 4, 8):
-                for blocks in (1, 2):
+                for blocks in (1,) if groups > 1 else (1, 2):
                     if row_tiles * k_parts > (2 if large else _WARPGROUPS):
                         continue
                     config = HopperConfig(
@@ -192,7 +192,8 @@ def candidates(tile_m: int, n: int, k: int, *, groups: int = 1) -> list[HopperCo
                         k_parts=k_parts,
                         splits=splits,
                         blocks=blocks,
-                        ahead=4 // blocks,
+                        # Scales of groups take registers: with them, more codes than these under way would spill.
+                        ahead=2 if groups > 1 else 4 // blocks,
                         slots=4,
                     )
                     if _fits(config, n, k, groups):
@@ -212,13 +213,10 @@ def variants(config: HopperConfig, n: int, k: int, *, groups: int = 1) -> list[H
 
 def _fits(config: HopperConfig, n: int, k: int, groups: int) -> bool:
     try:
-        config.check(n=n, k=k)
+        config.check(n=n, k=k, groups=groups)
     except NotImplementedError:
         return False
     step = SIDE * config.blocks
-    longest = k // groups
-    if groups > 1 and step % longest and longest % step:
-        return False
     steps = k // SIDE // config.parts // config.blocks
     ring = config.k_parts * min(config.slots, steps) * config.tile_m * step * 2
     share = config.tile_m // config.reducers

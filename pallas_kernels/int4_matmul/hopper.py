@@ -56,8 +56,8 @@ class HopperConfig:
     slots: int = 4
     overlap: bool = True
 
-    def check(self, *, n: int, k: int) -> None:
-        """Raise NotImplementedError where a weight [n, k] cannot be cut up like this."""
+    def check(self, *, n: int, k: int, groups: int) -> None:
+        """Raise NotImplementedError where a weight [n, k] with so many groups of columns cannot be cut up like this."""
         if self.tile_m % 8 or not 8 <= self.tile_m <= 256:
             raise NotImplementedError(f"tile_m must be a multiple of 8 up to 256, got {self.tile_m}")
         if self.behind not in (0, 1) or self.slots <= self.behind:
@@ -67,6 +67,10 @@ class HopperConfig:
         share = SIDE * self.k_parts * self.splits * self.blocks
         if k % share:
             raise NotImplementedError(f"{k} columns are no multiple of {share}: 64 x k_parts x splits x blocks")
+
+        step, group = SIDE * self.blocks, k // groups
+        if groups > 1 and step % group and group % step:
+            raise NotImplementedError(f"groups of {group} columns and steps of {step}: neither is a multiple")
 
     @property
     def parts(self) -> int:
@@ -100,7 +104,7 @@ def int4_matmul_hopper(
         NotImplementedError: The shapes cannot be cut up as `config` says.
     """
     (m, k), n = x.shape, packed.shape[0]
-    config.check(n=n, k=k)
+    config.check(n=n, k=k, groups=scale.shape[0])
     assert b is None or b.shape[1] % 16 == 0
     optional = {"zero": zero, "bias": bias, "b": b, "z": z}
     given = {name: operand for name, operand in optional.items() if operand is not None}
@@ -157,7 +161,7 @@ class _Kernel:
     @property
     def scaled_weights(self) -> bool:
         """Say whether group scales go onto weights, where accumulators for each group would take too many registers."""
-        return self.groups > 1 and self.config.tile_m > 64
+        return self.groups > 1 and self.config.tile_m > 16
 
     @property
     def overlap(self) -> bool:
@@ -298,6 +302,7 @@ class _Kernel:
                 plgpu.barrier_wait(x_full.at[at])
                 scales = group_values(refs["scale_ring"], slot, jnp.float32)
                 zeros = () if zero is None else group_values(refs["zero_ring"], slot, jnp.int32)
+                plgpu.commit_smem()  # what threads have read here is next written by the copy engine
             weights = unpack_words(
                 words,
                 columns=self.piece,
@@ -422,14 +427,12 @@ class _Kernel:
         z = z_tile if y.shape[1] == self.config.tile_m else z_tile.at[pl.ds(first, y.shape[1])]
 
         def product(acc):
-            if not self.interpret:  # the interpreter cannot write accumulators
-                acc[...] = y
+            acc[...] = y
             plgpu.wgmma(acc, factor, z.T)
             plgpu.wgmma_wait(0)
             return hold(acc[...], interpret=self.interpret)
 
-        total = pl.run_scoped(product, Accumulator(y.shape, jnp.float32))
-        return y + total if self.interpret else total
+        return pl.run_scoped(product, Accumulator(y.shape, jnp.float32))
 
 
 def _row_values(ref) -> jax.Array:

@@ -52,7 +52,7 @@ def test_a_quantized_model_compiles_with_weights_packed(kind: str):
 
 def product(m: int, n: int, k: int, *, group: int = -1, rank: int = 0, zero=False, bias=False, **config) -> dict:
     groups = 1 if group == -1 else k // group
-    HopperConfig(**config).check(n=n, k=k)
+    HopperConfig(**config).check(n=n, k=k, groups=groups)
     shape = {"m": m, "n": n, "k": k, "groups": groups, "rank": rank, "zero": zero, "bias": bias}
     return {"kind": "product", "config": config, **shape}
 
@@ -72,21 +72,18 @@ PRODUCTS = tuned() | {
     "rank 16": product(16, 4096, 4096, rank=16, tile_m=16, k_parts=4, splits=2),
     "rank 16, bias": product(16, 4096, 4096, rank=16, bias=True, tile_m=16, k_parts=4),
     "groups of 128": product(32, 28672, 4096, group=128, **FULL, tile_m=32, row_tiles=4),
-    "groups of 64": product(32, 28672, 4096, group=64, **FULL, tile_m=32, row_tiles=2),
-    "groups of 32": product(32, 28672, 4096, group=32, **FULL, tile_m=32, row_tiles=2),
+    "groups of 64": product(32, 28672, 4096, group=64, **FULL, tile_m=32, row_tiles=4, blocks=1),
+    "groups of 32": product(32, 28672, 4096, group=32, **FULL, tile_m=32, row_tiles=4, blocks=1),
+    "groups of 32, 16 rows": product(16, 4096, 4096, group=32, **FULL, tile_m=16, k_parts=4, blocks=1),
+    "groups of 128, 64 rows": product(64, 28672, 4096, group=128, **FULL, tile_m=64, row_tiles=4, blocks=1),
     "256 rows": product(512, 28672, 4096, tile_m=256, row_tiles=2, blocks=1, ahead=3),
     "256 rows, groups of 128": product(
         512, 28672, 4096, group=128, **FULL, tile_m=256, row_tiles=2, blocks=1, ahead=3, slots=3
     ),
     "128 rows, groups of 32": product(128, 4096, 4096, group=32, **FULL, tile_m=128, row_tiles=2, blocks=1, slots=3),
 }
-TIGHT = {
-    "groups of 64, four warpgroups": product(32, 28672, 4096, group=64, **FULL, tile_m=32, row_tiles=4),
-    "groups of 32, four warpgroups": product(32, 28672, 4096, group=32, **FULL, tile_m=32, row_tiles=4),
-    "groups of 16, four warpgroups": product(16, 4096, 4096, group=16, tile_m=16, row_tiles=4),
-    "groups of 128, 64 rows": product(64, 28672, 4096, group=128, **FULL, tile_m=64, row_tiles=4),
-}
-"""Cuts whose accumulators, one for each group of a step, do not fit the 96 registers that a thread then has."""
+TIGHT = {"groups of 16, four warpgroups": product(16, 4096, 4096, group=16, tile_m=16, row_tiles=4)}
+"""A cut whose accumulators, one for each group of a step, do not fit the 96 registers that a thread then has."""
 
 STACKS = {
     kind: {"kind": kind, "m": 16, "n": 1024, "layers": 4, "groups": 1, "config": {"tile_m": 16, "splits": 2}}

@@ -133,7 +133,7 @@ def test_every_way_to_cut(interpreted, kernel, config: dict[str, Any], kind: dic
     operands, keywords = in_bfloat16(Case(m=m, n=128, k=512, **kind))
     y = interpreted(*kernel(operands, keywords, cut))
     assert y.dtype == jnp.float32
-    assert_right(y, operands, keywords, scaled_weights="group" in kind and tile_m >= 128)
+    assert_right(y, operands, keywords, scaled_weights="group" in kind and tile_m > 16)
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -179,7 +179,6 @@ def test_sums_do_not_depend_on_timing(interpreted, kernel):
         np.testing.assert_array_equal(interpreted(*call), first)
 
 
-@pytest.mark.xfail(strict=True, reason="threads read groups' values, TMA writes over them, and no proxy fence between")
 @pytest.mark.parametrize("zero", [False, True])
 def test_groups_values_in_slots_that_are_used_again(interpreted, kernel, zero: bool):
     operands, keywords = in_bfloat16(Case(m=8, n=64, k=512, group=64, symmetric=not zero))
@@ -209,7 +208,6 @@ def test_what_the_kernel_cannot_do(kernel):
         int4_matmul(x, packed, scale, out_dtype=jnp.float16, implementation="mosaic_gpu")
 
 
-@pytest.mark.xfail(strict=True, reason="a cut is not checked against groups: the result is wrong")
 @pytest.mark.parametrize(("k", "blocks"), [(192, 1), (384, 2)])
 def test_groups_that_a_cut_does_not_fit_are_refused(kernel, k: int, blocks: int):
     operands, keywords = in_bfloat16(Case(m=8, n=64, k=k, group=96))

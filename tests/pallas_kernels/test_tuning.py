@@ -27,7 +27,7 @@ def test_every_shape_of_a_model_has_a_cut(model: str, group: int):
             config, source = choose_config(m, n, k, groups=groups, rank=16, device="none")
             assert source == "rule"
             assert config.tile_m == tile_rows(m)
-            config.check(n=n, k=k)
+            config.check(n=n, k=k, groups=groups)
 
 
 def test_a_shape_without_a_cut_is_refused():
@@ -53,7 +53,7 @@ def test_tuned_cuts_fit_and_are_chosen():
         key = {part.split("=")[0]: int(part.split("=")[1]) for part in name.split(",")}
         config = HopperConfig(**settings)
         assert tuning.lookup("int4_matmul", key, device=H200) == settings
-        config.check(n=key["n"], k=key["k"])
+        config.check(n=key["n"], k=key["k"], groups=key["groups"])
         shape = {"n": key["n"], "k": key["k"], "groups": key["groups"]}
         assert any(
             (other.row_tiles, other.k_parts, other.splits) == (config.row_tiles, config.k_parts, config.splits)
