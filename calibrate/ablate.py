@@ -30,6 +30,11 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     arms = [parse_arm(text, config.common) for text in texts]
     if not arms or not config.text:
         raise ValueError("give --preset or --arms, and --text to measure on")
+    for arm in arms:
+        if arm.compensate and arm.max_rank > config.spectrum:
+            raise ValueError(
+                f"arm {arm.name}: max_rank {arm.max_rank} is beyond --spectrum {config.spectrum}, the ranks at hand"
+            )
     bench = Workbench(config)
     log(f"reference {bench.reference_scores}")
     results: dict[str, Any] = {

@@ -39,6 +39,12 @@ def test_mistakes_in_arms_are_named(text, message):
         parse_arm(text)
 
 
+def test_ranks_beyond_what_is_decomposed_are_refused_before_anything_is_loaded(tmp_path):
+    config = AblateConfig(model="no/such", text=(tmp_path / "none.txt",), arms=("a:max_rank=64",), spectrum=24)
+    with pytest.raises(ValueError, match="arm a: max_rank 64 is beyond --spectrum 24"):
+        command.ablate(config)
+
+
 def test_arms_are_measured_and_saved(tiny_source, words, tmp_path, capsys, monkeypatch):
     flags = (
         f"--model {tiny_source} --text {words} --window 32 --windows 2 --sequences 8 --length 16 --moment-sequences 8 "
