@@ -67,7 +67,6 @@ class HopperConfig:
         share = SIDE * self.k_parts * self.splits * self.blocks
         if k % share:
             raise NotImplementedError(f"{k} columns are no multiple of {share}: 64 x k_parts x splits x blocks")
-
         step, group = SIDE * self.blocks, k // groups
         if groups > 1 and step % group and group % step:
             raise NotImplementedError(f"groups of {group} columns and steps of {step}: neither is a multiple")
@@ -267,6 +266,8 @@ class _Kernel:
         lax.fori_loop(0, self.steps, step, None)
         for at in range(config.k_parts * self.slots):
             plgpu.barrier_wait(x_empty.at[at])
+        if b is not None:  # a block that sums nothing does not use it, but may not end before it has come
+            plgpu.barrier_wait(refs["z_full"])
 
     def _compute(self, warpgroup, *, packed, scale, x_ring, x_full, x_empty, zero=None, **refs) -> None:
         """Multiply the codes of a tile of 64 output channels with a part of K."""
