@@ -34,6 +34,17 @@ def platform() -> str:
     return _TARGET.get() or jax.default_backend()
 
 
+def is_hopper() -> bool:
+    """Say whether this process has Hopper GPUs."""
+    return jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") == "9.0"
+
+
+def refuse_other_gpus() -> None:
+    """Raise NotImplementedError on a GPU that the kernels are not for; a machine without any may compile for one."""
+    if jax.default_backend() == "gpu" and not is_hopper():
+        raise NotImplementedError(f"the GPU kernel is for Hopper, not {jax.devices()[0].device_kind}")
+
+
 def call(
     op: str,
     backends: Mapping[str, Callable[..., Any]],

@@ -10,6 +10,9 @@ from jaxtyping import Array, Int8
 SIDE = 64
 """Rows and columns of a block of `to_fragments`."""
 
+RANK_STEP = 16
+"""Ranks of compensators are filled up to multiples of this beside such blocks: the columns of one wgmma."""
+
 
 def pack_int4(codes: Int8[Array, "*B K"]) -> Int8[Array, "*B K/2"]:
     """Pack codes in [-8, 7] two to a byte, code 2i in the low nibble of byte i.

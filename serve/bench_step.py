@@ -22,7 +22,8 @@ from jaxtyping import Array
 from rich.console import Console
 from rich.table import Table
 
-from serve.gpu import is_hopper, lay_out_for_hopper
+from pallas_kernels.dispatch import is_hopper
+from serve.gpu import lay_out_for_hopper
 from serve.runner import Runner
 from serve.sampling import SamplingParams
 from spear_jax.cli import parse_flags, run_main

@@ -8,17 +8,10 @@ from flax import nnx
 from jaxtyping import Array
 
 from pallas_kernels.int4_matmul import Compensator
-from pallas_kernels.packing import SIDE
+from pallas_kernels.packing import RANK_STEP, SIDE
 from spear_jax.models.decoder import MODULES, Decoder, unstack
 from spear_jax.nn.linear import Linear
 from spear_jax.quant import QuantTensor
-
-_RANK_STEP = 16
-
-
-def is_hopper() -> bool:
-    """Say whether programs run on Hopper GPUs."""
-    return jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") == "9.0"
 
 
 def lay_out_for_hopper(model: Decoder) -> Decoder:
@@ -48,7 +41,7 @@ def _prepare(compensator: Compensator) -> Compensator:
 
     Rows that are filled in add nothing, whatever the gate makes of them.
     """
-    more = -compensator.a.shape[0] % _RANK_STEP
+    more = -compensator.a.shape[0] % RANK_STEP
 
     def fill(rows: Array | None) -> Array | None:
         return None if rows is None else jnp.pad(rows, ((0, more), *((0, 0),) * (rows.ndim - 1)))

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from pallas_kernels.dispatch import is_hopper
 from serve.config import ServeConfig
 from serve.cpu import cpu_logits, lay_out_for_cpu
 from serve.engine import Engine
 from serve.gateway import Gateway, ModelInfo
-from serve.gpu import is_hopper, lay_out_for_hopper
+from serve.gpu import lay_out_for_hopper
 from serve.metrics import Metrics
 from serve.runner import Runner
 from serve.scheduler import SlotScheduler

@@ -20,14 +20,12 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, vector
 from jaxtyping import Array, BFloat16, Float32, Int32
 
+from pallas_kernels.hopper import ROWS
 from pallas_kernels.packing import SIDE
 
 BLOCK_BYTES = SIDE * SIDE // 2
 _BLOCK_WORDS = BLOCK_BYTES // 4
 _THREADS = 128
-
-ROWS = plgpu.Layout.WGMMA.reduce(1)
-"""Layout of one value a row of a 64-row tile."""
 
 
 def read_words(ref, blocks: int, *, interpret: bool) -> Int32[Array, " W"]:
@@ -98,31 +96,6 @@ def unpack_words(
         return tuple(_fragment(pairs[i * size : (i + 1) * size], columns) for i in range(pieces))
 
     return list(convert(words, tuple(zeros), tuple(scales)))  # pyright: ignore[reportCallIssue]
-
-
-def hold(accumulator: Float32[Array, "64 M"], *, interpret: bool) -> Float32[Array, "64 M"]:
-    """Give an accumulator as it is after the wait for it.
-
-    LLVM otherwise moves the packing of pairs of its registers to before the wait, and ptxas then runs one wgmma at a
-    time (C7514).
-    """
-    if interpret:
-        return accumulator
-    layout = plgpu.Layout.WGMMA
-
-    @plgpu.inline_mgpu(
-        arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(accumulator.shape, jnp.float32, layout=layout)
-    )
-    def touch(_, array):
-        f32 = ir.F32Type.get()
-        registers = np.empty(array.registers.shape, dtype=object)
-        for place, register in np.ndenumerate(array.registers):
-            pair = [vector.extract(register, [], ir.DenseI64ArrayAttr.get([i])) for i in range(2)]
-            pair = [llvm.inline_asm(f32, [value], "", "=f,0", has_side_effects=True) for value in pair]
-            registers[place] = vector.from_elements(ir.VectorType.get((2,), f32), pair)
-        return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
-
-    return touch(accumulator)  # pyright: ignore[reportCallIssue]
 
 
 def _unpack_in_jax(words, columns, zeros, scales) -> list[jax.Array]:

@@ -4,20 +4,17 @@ import dataclasses
 import functools
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int8, Shaped
 
-from pallas_kernels import tuning
-from pallas_kernels.int4_matmul.hopper import SHARED_BYTES, HopperConfig, int4_matmul_hopper
+from pallas_kernels import dispatch, tuning
+from pallas_kernels.hopper import SHARED_BYTES
+from pallas_kernels.int4_matmul.hopper import HopperConfig, int4_matmul_hopper
 from pallas_kernels.int4_matmul.operands import Compensator, Layout
 from pallas_kernels.int4_matmul.projection import MOST_ROWS, project_hopper
 from pallas_kernels.int4_matmul.reference import compensator_coordinates, gated_coordinates
-from pallas_kernels.packing import SIDE, to_fragments
-
-RANK_STEP = 16
-"""Ranks are padded to multiples of the columns of one wgmma."""
+from pallas_kernels.packing import RANK_STEP, SIDE, to_fragments
 
 _PROJECTED_RANKS = 8
 """Ranks that `project_hopper` takes are multiples of this: the copy engine moves 16 bytes at least."""
@@ -64,8 +61,7 @@ def int4_matmul_mosaic_gpu(
     """
     if x.dtype != jnp.bfloat16 or out_dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"the GPU kernel multiplies bfloat16, got {x.dtype} to {out_dtype}")
-    if jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") != "9.0":
-        raise NotImplementedError(f"the GPU kernel is for Hopper, not {jax.devices()[0].device_kind}")
+    dispatch.refuse_other_gpus()
     *batch, k = x.shape
     n = packed.shape[0]
     rows = x.reshape(-1, k)

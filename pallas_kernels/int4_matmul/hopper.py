@@ -11,7 +11,6 @@ of the cluster, each block summing its share of the rows of x in fixed order, so
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +19,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Int8, Shaped
 
-from pallas_kernels.int4_matmul.fragments import BLOCK_BYTES, ROWS, hold, read_words, unpack_words
+from pallas_kernels.hopper import WGMMA, Accumulator, feed_and_compute, hold, row_values, shared_tile
+from pallas_kernels.int4_matmul.fragments import BLOCK_BYTES, read_words, unpack_words
 from pallas_kernels.packing import SIDE
 
-SHARED_BYTES = 232_448
-"""Shared memory that a block may have on Hopper."""
-
-_REGISTERS = 65_536
 _FEEDER_REGISTERS = 40
-
-WGMMA = plgpu.Layout.WGMMA
-Accumulator: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
-_tiling: Any = plgpu.TilingTransform
-_swizzle: Any = plgpu.SwizzleTransform
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,19 +158,6 @@ class _Kernel:
         return self.config.overlap and not self.interpret
 
     @property
-    def registers(self) -> int | None:
-        """Registers that a computing thread gets from the feeding warpgroup's; None leaves all as they are.
-
-        What is taken and given must balance within the registers that the block starts with: a warpgroup that asks for
-        more than there are waits for ever.
-        """
-        compute = self.config.row_tiles * self.config.k_parts
-        if self.interpret or self.config.tile_m < 128 or compute == 1:  # one alone has as many as a thread can have
-            return None
-        start = min(255, _REGISTERS // (128 * (compute + 1))) // 8 * 8
-        return min(240, (start * (compute + 1) - _FEEDER_REGISTERS) // compute // 8 * 8)
-
-    @property
     def pieces(self) -> int:
         """Chains of wgmma in a step."""
         return SIDE * self.config.blocks // self.piece
@@ -213,21 +191,14 @@ class _Kernel:
 
     def __call__(self, **refs) -> None:
         compute = self.config.row_tiles * self.config.k_parts
-        warpgroup = lax.axis_index("warpgroup")
-
-        registers = self.registers
-
-        @pl.when(warpgroup == compute)
-        def _():
-            if registers is not None:
-                plgpu.set_max_registers(_FEEDER_REGISTERS, action="decrease")
-            self._feed(**refs)
-
-        @pl.when(warpgroup < compute)
-        def _():
-            if registers is not None:
-                plgpu.set_max_registers(registers, action="increase")
-            self._compute(warpgroup, **refs)
+        # Large tiles take more registers than an even share; one warpgroup alone has as many as a thread can have.
+        rationed = not self.interpret and self.config.tile_m >= 128 and compute > 1
+        feed_and_compute(
+            functools.partial(self._feed, **refs),
+            functools.partial(self._compute, **refs),
+            compute=compute,
+            feeder=_FEEDER_REGISTERS if rationed else None,
+        )
 
     def _feed(self, *, x, x_ring, x_full, x_empty, scale, zero=None, b=None, z=None, **refs) -> None:
         """Bring x and groups' scales into shared memory, step by step for each part of K."""
@@ -284,12 +255,12 @@ class _Kernel:
 
         def group_values(ring, slot, dtype):
             channels = pl.ds(row_tile * SIDE, SIDE)
-            return tuple(_row_values(ring.at[k_part, slot, j, channels]).astype(dtype) for j in range(self.pieces))
+            return tuple(row_values(ring.at[k_part, slot, j, channels]).astype(dtype) for j in range(self.pieces))
 
         row_scale = row_zero = None
         if self.groups == 1:
-            row_scale = _row_values(scale.at[0, rows]).astype(jnp.float32)
-            row_zero = None if zero is None else _row_values(zero.at[0, rows]).astype(jnp.int32)
+            row_scale = row_values(scale.at[0, rows]).astype(jnp.float32)
+            row_zero = None if zero is None else row_values(zero.at[0, rows]).astype(jnp.int32)
 
         behind = 0 if self.groups > 1 and not self.scaled_weights else config.behind
 
@@ -412,7 +383,7 @@ class _Kernel:
         if row_scale is not None:
             y = y * lax.broadcast_in_dim(row_scale, y.shape, (0,))
         if bias is not None:
-            y = y + lax.broadcast_in_dim(_row_values(bias.at[rows]).astype(jnp.float32), y.shape, (0,))
+            y = y + lax.broadcast_in_dim(row_values(bias.at[rows]).astype(jnp.float32), y.shape, (0,))
         if b is not None:
             y = self._add_low_rank(y, first, row_tile, **refs)
         y_tile.at[row_tile].T[...] = plgpu.layout_cast(y.astype(self.out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
@@ -434,14 +405,3 @@ class _Kernel:
             return hold(acc[...], interpret=self.interpret)
 
         return pl.run_scoped(product, Accumulator(y.shape, jnp.float32))
-
-
-def _row_values(ref) -> jax.Array:
-    return plgpu.load(ref, layout=ROWS, optimized=False)
-
-
-def shared_tile(shape: tuple[int, ...], dtype, *, row: int):
-    """Declare shared memory whose last axis is cut into the widest swizzled pieces that divide `row` bytes."""
-    swizzle = math.gcd(128, row)
-    tiling = _tiling((8, swizzle // jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, _swizzle(swizzle)))

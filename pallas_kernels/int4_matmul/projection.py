@@ -15,8 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32, Shaped
 
-from pallas_kernels.int4_matmul.fragments import ROWS, hold
-from pallas_kernels.int4_matmul.hopper import WGMMA, Accumulator, shared_tile
+from pallas_kernels.hopper import WGMMA, Accumulator, hold, row_values, shared_tile
 from pallas_kernels.packing import SIDE
 
 _CLUSTER = 8
@@ -163,7 +162,7 @@ class _Projection:
             z = functools.reduce(jnp.add, parts)
             if scale is not None:
                 plgpu.barrier_wait(scales["scale_full"])
-                factor = plgpu.load(scales["scale_tile"], layout=ROWS, optimized=False)
+                factor = row_values(scales["scale_tile"])
                 z = z * lax.broadcast_in_dim(factor, z.shape, (0,))
             z_tile.T[...] = plgpu.layout_cast(z.astype(self.out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.commit_smem()

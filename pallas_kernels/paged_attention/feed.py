@@ -1,17 +1,14 @@
 """Paged attention on Hopper: a block's shared memory, and how queries, keys and values get there."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import shared_tile
 from pallas_kernels.paged_attention.plan import TILE, HopperConfig, Problem, Span
-
-_tiling: Any = plgpu.TilingTransform
-_swizzle: Any = plgpu.SwizzleTransform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +52,11 @@ class Block:
         config, h = self.config, self.h
         quantized = kv_dtype.itemsize == 1
         copies = TILE // self.piece
-        ring = _shared((config.stages, TILE, h), kv_dtype)
+        ring = shared_tile((config.stages, TILE, h), kv_dtype)
         full = plgpu.Barrier(num_arrivals=2 * copies if quantized else copies, num_barriers=config.stages)
         empty = plgpu.Barrier(num_arrivals=config.row_tiles, num_barriers=config.stages)
         shapes = {
-            "q_tile": _shared((config.warpgroups, TILE, h), jnp.bfloat16),
+            "q_tile": shared_tile((config.warpgroups, TILE, h), jnp.bfloat16),
             "q_full": plgpu.Barrier(num_arrivals=config.warpgroups),
             "k_ring": ring,
             "v_ring": ring,
@@ -70,13 +67,13 @@ class Block:
             "out_tile": plgpu.SMEM((config.row_tiles, TILE, self.out_columns), self.result_dtype),
         }
         if quantized:
-            shapes["wide_tile"] = _shared((config.warpgroups, TILE, h), jnp.bfloat16)
+            shapes["wide_tile"] = shared_tile((config.warpgroups, TILE, h), jnp.bfloat16)
             shapes["k_scales"] = shapes["v_scales"] = plgpu.SMEM((config.stages, TILE), jnp.float32)
         if config.splits > 1:
             shapes["sums_tile"] = plgpu.SMEM((config.row_tiles, TILE), jnp.float32)
         if config.parts > 1:
             others = (config.parts - 1, config.row_tiles)
-            shapes["part_out"] = _shared((*others, TILE, h), jnp.float32)
+            shapes["part_out"] = shared_tile((*others, TILE, h), jnp.float32)
             shapes["part_top"] = shapes["part_sum"] = plgpu.SMEM((*others, TILE), jnp.float32)
             shapes["part_full"] = plgpu.Barrier(num_arrivals=config.parts - 1, num_barriers=config.row_tiles)
         return shapes
@@ -153,10 +150,3 @@ class Block:
             def _(i=i):
                 plgpu.barrier_wait(refs["k_empty"].at[i])
                 plgpu.barrier_wait(refs["v_empty"].at[i])
-
-
-def _shared(shape: tuple[int, ...], dtype):
-    """Declare shared memory whose last axis is cut into swizzled pieces of up to 128 bytes."""
-    itemsize = jnp.dtype(dtype).itemsize
-    swizzle = min(128, shape[-1] * itemsize)
-    return plgpu.SMEM(shape, dtype, transforms=(_tiling((8, swizzle // itemsize)), _swizzle(swizzle)))

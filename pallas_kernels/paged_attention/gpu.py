@@ -1,12 +1,11 @@
 """`paged_attention` on a Hopper GPU: brings operands into the kernel's form and chooses how to cut the work up."""
 
-import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
-from pallas_kernels import tuning
-from pallas_kernels.int4_matmul.hopper import SHARED_BYTES
+from pallas_kernels import dispatch, tuning
+from pallas_kernels.hopper import SHARED_BYTES
 from pallas_kernels.paged_attention.hopper import paged_attention_hopper
 from pallas_kernels.paged_attention.plan import TILE, HopperConfig, Problem
 
@@ -49,8 +48,7 @@ def paged_attention_mosaic_gpu(
         raise NotImplementedError(
             f"the GPU kernel takes bfloat16 with bfloat16, int8 or float8_e4m3fn pages, got {q.dtype}, {k_pages.dtype}"
         )
-    if jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") != "9.0":
-        raise NotImplementedError(f"the GPU kernel is for Hopper, not {jax.devices()[0].device_kind}")
+    dispatch.refuse_other_gpus()
     b, t, n, h = q.shape
     kv_heads, page = k_pages.shape[1:3]
     if h % TILE or h > _WIDEST_HEAD:

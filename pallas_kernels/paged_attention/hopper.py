@@ -17,7 +17,6 @@ empty (`int4_matmul.gpu`), and a single sequence needs more than the eight block
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,17 +25,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Float32, Int32, Shaped
 
-from pallas_kernels.int4_matmul.fragments import ROWS, hold
+from pallas_kernels.hopper import ROWS, WGMMA, Accumulator, feed_and_compute, hold, row_values
 from pallas_kernels.paged_attention.feed import Block
 from pallas_kernels.paged_attention.plan import TILE, HopperConfig, Problem, Span
 
-_REGISTERS = 65_536
 _FEEDER_REGISTERS = 72
 
-_WGMMA = plgpu.Layout.WGMMA
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 _UPCAST = plgpu.Layout.WGMMA_UPCAST_2X
-_Accumulator: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 
 
 def paged_attention_hopper(
@@ -96,32 +92,15 @@ def paged_attention_hopper(
 class _Kernel(Block):
     """The program of a block."""
 
-    @property
-    def registers(self) -> int | None:
-        """Registers that a computing thread gets from the feeding warpgroup's; None where they suffice as they are.
-
-        What is taken and given must balance: a warpgroup that asks for more than there are waits for ever.
-        """
-        compute = self.config.warpgroups
-        if self.interpret or compute < 2 or self.problem.tokens == 1:
-            return None
-        start = _REGISTERS // (128 * (compute + 1)) // 8 * 8
-        return min(240, (start * (compute + 1) - _FEEDER_REGISTERS) // compute // 8 * 8)
-
     def __call__(self, **refs) -> None:
-        warpgroup, registers = lax.axis_index("warpgroup"), self.registers
-
-        @pl.when(warpgroup == self.config.warpgroups)
-        def _():
-            if registers is not None:
-                plgpu.set_max_registers(_FEEDER_REGISTERS, action="decrease")
-            self.feed(**refs)
-
-        @pl.when(warpgroup < self.config.warpgroups)
-        def _():
-            if registers is not None:
-                plgpu.set_max_registers(registers, action="increase")
-            self._compute(warpgroup, **refs)
+        compute = self.config.warpgroups
+        rationed = not self.interpret and self.problem.tokens > 1 and compute > 1
+        feed_and_compute(
+            functools.partial(self.feed, **refs),
+            functools.partial(self._compute, **refs),
+            compute=compute,
+            feeder=_FEEDER_REGISTERS if rationed else None,
+        )
 
     def _compute(self, warpgroup, *, q_tile, q_full, k_ring, v_ring, **refs) -> None:
         """Attend from 64 rows to the tiles of a part."""
@@ -169,7 +148,7 @@ class _Kernel(Block):
             return acc, new_top, total
 
         carry = (
-            plgpu.layout_cast(jnp.zeros((TILE, self.h), jnp.float32), _WGMMA),
+            plgpu.layout_cast(jnp.zeros((TILE, self.h), jnp.float32), WGMMA),
             plgpu.layout_cast(jnp.full((TILE,), -jnp.inf, jnp.float32), ROWS),
             plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ROWS),
         )
@@ -197,7 +176,7 @@ class _Kernel(Block):
             plgpu.wgmma_wait(0)
             return hold(acc[...], interpret=self.interpret)
 
-        scores = pl.run_scoped(product, _Accumulator((TILE, TILE), jnp.float32))
+        scores = pl.run_scoped(product, Accumulator((TILE, TILE), jnp.float32))
         scores = scores * (self.problem.scale * math.log2(math.e))
         return scores if factors is None else scores * _down(factors, scores.shape)
 
@@ -207,7 +186,7 @@ class _Kernel(Block):
         Whatever was read of the stage before is committed too: TMA may then write there.
         """
         narrow = jnp.dtype(source.dtype).itemsize == 1
-        layout = _UPCAST if narrow else _WGMMA
+        layout = _UPCAST if narrow else WGMMA
         columns = min(self.h, 128 if narrow else 64)  # those of a swizzled piece: few registers at a time
         for first in range(0, self.h, columns):
             tile = plgpu.load(source.at[:, pl.ds(first, columns)], layout=layout)
@@ -222,11 +201,11 @@ class _Kernel(Block):
     def _bounds(self, span: Span, row_tile, first) -> jax.Array:
         """Say which keys of a tile from key `first` on each row sees."""
         problem, shape = self.problem, (TILE, TILE)
-        keys = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=_WGMMA)
+        keys = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
         if problem.tokens == 1:
             seen = keys < span.high - first
             return seen if span.window is None else seen & (keys > span.start - span.window - first)
-        rows = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA)
+        rows = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA)
         rows = rows + (lax.axis_index("rows") * self.config.row_tiles + row_tile) * TILE
         position = span.start - first + lax.div(rows, jnp.full(shape, problem.group, jnp.int32))
         seen = (keys <= position) & (keys < span.length - first)
@@ -239,7 +218,7 @@ class _Kernel(Block):
             plgpu.wgmma_wait(0)
             return hold(total[...], interpret=self.interpret)
 
-        return pl.run_scoped(product, _Accumulator(acc.shape, jnp.float32))
+        return pl.run_scoped(product, Accumulator(acc.shape, jnp.float32))
 
     def _merge(self, carry, row_tile, part, **refs) -> None:
         """Bring the parts together, and store."""
@@ -262,8 +241,8 @@ class _Kernel(Block):
             plgpu.barrier_wait(ready)
             out, high, sums = acc, top, total
             for other in range(config.parts - 1):
-                other_acc = plgpu.load(places[0].at[other, row_tile], layout=_WGMMA)
-                other_top, other_sum = (_row_values(place.at[other, row_tile]) for place in places[1:])
+                other_acc = plgpu.load(places[0].at[other, row_tile], layout=WGMMA)
+                other_top, other_sum = (row_values(place.at[other, row_tile]) for place in places[1:])
                 new = jnp.maximum(high, other_top)
                 finite = jnp.where(new == -jnp.inf, 0.0, new)
                 fade, other_fade = jnp.exp2(high - finite), jnp.exp2(other_top - finite)
@@ -299,10 +278,6 @@ def _across(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _down(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Repeat one value a column."""
     return lax.broadcast_in_dim(values, shape, (1,))
-
-
-def _row_values(ref) -> jax.Array:
-    return plgpu.load(ref, layout=ROWS, optimized=False)
 
 
 def _column_values(ref) -> jax.Array:

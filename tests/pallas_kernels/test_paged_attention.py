@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import tuning
-from pallas_kernels.int4_matmul.hopper import SHARED_BYTES
+from pallas_kernels.hopper import SHARED_BYTES
 from pallas_kernels.paged_attention import gpu as gpu_backend
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention.cases import CASES, Case
