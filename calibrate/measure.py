@@ -3,7 +3,8 @@
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,31 @@ from jaxtyping import Array, Float, Int
 
 from calibrate.capture import hidden_states
 from calibrate.results import DECILES, DecileErrors
+from spear_jax.evaluation import Example, run_task
 from spear_jax.models.decoder import Decoder
 from spear_jax.nn.attention import Attend, causal_attend
 
 _LOGITS_BYTES = 2**28
 """Float32 logits of each model held at a time."""
+
+
+def task_accuracies(
+    model: Decoder,
+    tokenizer: Any,
+    examples: Mapping[str, Sequence[Example]],
+    *,
+    max_length: int,
+    bos_id: int | None,
+    batch_size: int,
+) -> dict[str, float]:
+    """Score zero-shot tasks by name; the model is dense, and runs `batch_size` times 1,024 tokens together."""
+    scored = {
+        task: run_task(
+            model, tokenizer, task, chosen, max_length=max_length, bos_id=bos_id, batch_tokens=1024 * batch_size
+        )
+        for task, chosen in examples.items()
+    }
+    return {task: result.metrics["acc"] for task, result in scored.items()}
 
 
 def token_errors(

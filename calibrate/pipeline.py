@@ -15,7 +15,7 @@ from calibrate.capture import choose_attend
 from calibrate.config import CalibrateConfig
 from calibrate.diagnose import diagnose
 from calibrate.keys import file_stamp
-from calibrate.measure import decile_errors, matmul_speed, token_errors
+from calibrate.measure import decile_errors, matmul_speed, task_accuracies, token_errors
 from calibrate.plan import make_plan
 from calibrate.progress import Report, Stages
 from calibrate.report import write_report
@@ -37,7 +37,7 @@ from calibrate.train import TrainConfig, rate_schedule
 from calibrate.weights import as_stored
 from calibrate.workdir import Key
 from spear_jax.checkpoint import component_bytes, save_checkpoint
-from spear_jax.evaluation import perplexity, run_task
+from spear_jax.evaluation import perplexity
 from spear_jax.loading import CHECKPOINT
 from spear_jax.models.decoder import MODULES, Decoder
 from spear_jax.models.quantize import cast_model, expand_model, quantize_model
@@ -194,7 +194,7 @@ def _measure(run: Workshop, variants: list[Variant], report: Report) -> tuple[tu
 def _score(run: Workshop, model: Decoder, bos_id: int | None) -> dict[str, Any]:
     config = run.config
     dense = expand_model(model, run.dtype)
-    values: dict[str, Any] = {"perplexity": {}, "tokens": {}, "window": {}, "tasks": {}}
+    values: dict[str, Any] = {"perplexity": {}, "tokens": {}, "window": {}}
     batch = 1 if run.on_cpu else 8
     texts = {name: (tokens, config.eval_window, bos_id) for name, tokens in run.eval_tokens.items()}
     if not texts:
@@ -208,17 +208,14 @@ def _score(run: Workshop, model: Decoder, bos_id: int | None) -> dict[str, Any]:
             found.tokens,
             window,
         )
-    for task, examples in run.examples.items():
-        scored = run_task(
-            dense,
-            run.loaded.tokenizer,
-            task,
-            examples,
-            max_length=run.exact.config.max_position,
-            bos_id=bos_id,
-            batch_tokens=batch * 1024,
-        )
-        values["tasks"][task] = scored.metrics["acc"]
+    values["tasks"] = task_accuracies(
+        dense,
+        run.loaded.tokenizer,
+        run.examples,
+        max_length=run.exact.config.max_position,
+        bos_id=bos_id,
+        batch_size=batch,
+    )
     return values
 
 

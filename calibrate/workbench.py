@@ -16,13 +16,14 @@ from calibrate.damage import choose_ranks, module_damage
 from calibrate.data import calibration_tokens, read_texts
 from calibrate.initialize import LowRank, whitened_svd
 from calibrate.local import train_locally
+from calibrate.measure import task_accuracies
 from calibrate.quantizers import Base, quantize_base
 from calibrate.recover import save_params
 from calibrate.student import GateConfig, Params, Student, initial_compensators, zero_byte_params
 from calibrate.train import Standing, TrainConfig, Trainer, TrainingDiverged
 from calibrate.weights import dense_weights, float_weights, weight_errors
 from spear_jax import models
-from spear_jax.evaluation import load_examples, perplexity, run_task
+from spear_jax.evaluation import load_examples, perplexity
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.quantize import cast_model, expand_model, weight_bytes
 from spear_jax.quant import QuantSpec
@@ -42,6 +43,7 @@ class Workbench:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
             self.reference = cast_model(exact, dtype)
         self.spec = QuantSpec(group_size=config.group_size, symmetric=not config.asymmetric)
+        self.bos_id = loaded_bos(loaded) if config.bos else None
         self.texts = {path.name: self._encode(path.read_text(encoding="utf-8")) for path in config.text}
         self.examples = {
             name: load_examples(name, tasks_dir=config.tasks_dir, limit=config.task_limit) for name in config.tasks
@@ -59,7 +61,7 @@ class Workbench:
                 all_hidden_states(self.reference, self.tokens, batch_size=config.batch_size, attend=self.attend)
             )
         with self.timed("reference perplexity"):
-            self.reference_scores = self.scores(self.reference)
+            self.reference_scores = self.perplexities(self.reference)
         self.reference_accuracies = self.accuracies(self.reference)
         self._bases: dict[Any, tuple[Base, dict[str, Any]]] = {}
         self._damage: dict[Any, np.ndarray] = {}
@@ -102,41 +104,39 @@ class Workbench:
             np.savez_compressed(path, tokens=tokens, sampled=sampled)
         return tokens, sampled
 
-    def scores(self, model: Decoder) -> dict[str, float]:
-        """Measure the perplexity of a model on every text."""
+    def perplexities(self, dense: Decoder) -> dict[str, float]:
+        """Measure the perplexity of a model, whose weights are written out, on every text."""
         config = self.config
-        bos = loaded_bos(self.loaded) if config.bos else None
-        dense = expand_model(model, self.reference.dtype)
         return {
             name: perplexity(
                 dense,
                 tokens,
                 window=config.window,
-                bos_id=bos,
+                bos_id=self.bos_id,
                 max_windows=config.windows,
                 batch_size=config.batch_size,
             ).value
             for name, tokens in self.texts.items()
         }
 
-    def accuracies(self, model: Decoder) -> dict[str, float]:
-        """Measure the accuracy of a model on every task."""
+    def accuracies(self, dense: Decoder) -> dict[str, float]:
+        """Measure the accuracy of such a model on every task."""
         if not self.examples:
             return {}
-        dense, found = expand_model(model, self.reference.dtype), {}
         with self.timed("tasks"):
-            for task, examples in self.examples.items():
-                scored = run_task(
-                    dense,
-                    self.loaded.tokenizer,
-                    task,
-                    examples,
-                    max_length=self.exact.config.max_position,
-                    bos_id=loaded_bos(self.loaded) if self.config.bos else None,
-                    batch_tokens=1024 * self.config.batch_size,
-                )
-                found[task] = scored.metrics["acc"]
-        return found
+            return task_accuracies(
+                dense,
+                self.loaded.tokenizer,
+                self.examples,
+                max_length=self.exact.config.max_position,
+                bos_id=self.bos_id,
+                batch_size=self.config.batch_size,
+            )
+
+    def scores(self, model: Decoder) -> dict[str, dict[str, float]]:
+        """Measure both, of a model as stored."""
+        dense = expand_model(model, self.reference.dtype)
+        return {"perplexity": self.perplexities(dense), "tasks": self.accuracies(dense)}
 
     def base(self, arm: Arm) -> tuple[Base, dict[str, Any]]:
         """Give the base of an arm, with what it scores: quantized, then trained without added bytes."""
@@ -146,7 +146,7 @@ class Workbench:
                 base = quantize_base(self.exact, quantizer=arm.base, spec=self.spec, moments=self.moments)
                 base = dataclasses.replace(base, model=cast_model(base.model, self.reference.dtype))
                 jax.block_until_ready(base.model)
-            self._bases[key] = base, {"perplexity": self.scores(base.model), "tasks": self.accuracies(base.model)}
+            self._bases[key] = base, self.scores(base.model)
         if not arm.zero:
             return self._bases[key]
         zero_key = (key, arm.zero, arm.zero_train, arm.pool)
@@ -156,10 +156,7 @@ class Workbench:
             params = zero_byte_params(base.model, base.exact, tuple(arm.zero.split("+")))
             params, curve = self.train(base, student, params, arm.zero_train, arm.pool, label=f"{arm.base} {arm.zero}")
             base = dataclasses.replace(base, model=student.finish(base.model, params, exact=base.exact))
-            self._bases[zero_key] = (
-                base,
-                {"perplexity": self.scores(base.model), "tasks": self.accuracies(base.model), "curve": curve},
-            )
+            self._bases[zero_key] = base, self.scores(base.model) | {"curve": curve}
         return self._bases[zero_key]
 
     def _pool(self, name: str) -> tuple[np.ndarray, jax.Array]:
@@ -221,16 +218,14 @@ class Workbench:
         }
         if arm.zero:
             result["zero_curve"] = base_result["curve"]
+        own = base_result
         if arm.compensate:
             model, details = self._compensate(arm, base, w4_bytes)
             result |= details
-            result["perplexity"] = self.scores(model)
-            tasks = self.accuracies(model)
-        else:
-            result["perplexity"] = base_result["perplexity"]
-            tasks = base_result["tasks"]
-        if tasks:
-            result["tasks"] = {"reference": self.reference_accuracies, "rtn": rtn["tasks"], "arm": tasks}
+            own = self.scores(model)
+        result["perplexity"] = own["perplexity"]
+        if own["tasks"]:
+            result["tasks"] = {"reference": self.reference_accuracies, "rtn": rtn["tasks"], "arm": own["tasks"]}
         result["recovered_of_rtn"] = self._recovered(result["perplexity"], rtn["perplexity"])
         result["recovered_of_base"] = self._recovered(result["perplexity"], base_result["perplexity"])
         result["seconds"] = time.perf_counter() - begin
@@ -267,7 +262,7 @@ class Workbench:
         del errors
         initial = None
         if self.config.initial:
-            initial = self.scores(student.finish(base, params))
+            initial = self.perplexities(expand_model(student.finish(base, params), self.reference.dtype))
             log(f"  {arm.name}: whitened SVD {initial}")
         if arm.joint:
             params |= zero_byte_params(base, start.exact, tuple(arm.joint.split("+")))
