@@ -1,4 +1,4 @@
-"""Compile int4 matmuls for an H200 and say what ptxas said: a process of its own, as dumps are set up at its start.
+"""Compile kernels for an H200 and say what ptxas said: a process of its own, as dumps are set up at its start.
 
 Reads a JSON object of problems by name from stdin, writes one of reports to stdout. MOSAIC_GPU_DUMP_TO is the folder.
 """
@@ -14,6 +14,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.int4_matmul.gpu import int4_matmul_mosaic_gpu
 from pallas_kernels.int4_matmul.hopper import HopperConfig, int4_matmul_hopper
+from pallas_kernels.paged_attention import plan
+from pallas_kernels.paged_attention.gpu import paged_attention_mosaic_gpu
 from pallas_kernels.topology import gpu_topology
 
 SHARDING = jax.sharding.SingleDeviceSharding(gpu_topology("h200").devices[0])
@@ -65,9 +67,27 @@ def layers(problem: dict[str, Any]):
     return {"scan": scanned, "unrolled": unrolled}[problem["kind"]], array((m, n), BF16), stack
 
 
+def attention(problem: dict[str, Any]):
+    b, pool = problem["sequences"], problem["sequences"] * problem["entries"]
+    pages = array((pool, problem["kv_heads"], problem["page"], problem["head_dim"]), jnp.dtype(problem["kv_dtype"]))
+    scales = array(pages.shape[:3], jnp.float32) if pages.dtype.itemsize == 1 else None
+    q = array((b, problem["tokens"], problem["kv_heads"] * problem["group"], problem["head_dim"]), BF16)
+    places = array((b,), jnp.int32)
+    window = array((), jnp.int32) if problem["windowed"] else None
+    config = None if problem["config"] is None else plan.HopperConfig(**problem["config"])
+
+    def run(*operands):
+        return paged_attention_mosaic_gpu(*operands, scale=0.1, config=config)
+
+    return run, q, pages, pages, scales, scales, array((b, problem["entries"]), jnp.int32), places, places, window
+
+
+KINDS = {"product": product, "scan": layers, "unrolled": layers, "attention": attention}
+
+
 def report(problem: dict[str, Any], dumps: Path) -> dict[str, Any]:
     before = set(dumps.iterdir())
-    function, *operands = product(problem) if problem["kind"] == "product" else layers(problem)
+    function, *operands = KINDS[problem["kind"]](problem)
     compiled = jax.jit(function).lower(*operands).compile()
     memory = compiled.memory_analysis()
     assert memory is not None

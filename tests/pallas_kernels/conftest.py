@@ -1,9 +1,18 @@
-"""The extended interpreter of GPU kernels, as a fixture."""
+"""The extended interpreter of GPU kernels, and their compiler, as fixtures."""
 
 import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from pallas_kernels.topology import compiler_environment, gpu_topology
 
 
 def _load():
@@ -25,3 +34,48 @@ def interpreter():
 def interpreted(interpreter):
     with interpreter.extended_interpreter() as run:
         yield run
+
+
+@pytest.fixture(scope="module")
+def compile_for_hopper(tmp_path_factory) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Compile problems by name, all in one process of its own."""
+    try:
+        gpu_topology()
+    except ModuleNotFoundError as missing:
+        pytest.skip(str(missing))
+
+    def compile_all(problems: dict[str, Any]) -> dict[str, Any]:
+        settings = {"MOSAIC_GPU_DUMP_TO": str(tmp_path_factory.mktemp("mosaic"))}
+        settings |= {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+        done = subprocess.run(
+            [sys.executable, Path(__file__).with_name("compile_hopper.py")],
+            input=json.dumps(problems),
+            env=os.environ | compiler_environment() | settings,
+            cwd=Path(__file__).parent.parent.parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout)
+
+    return compile_all
+
+
+@pytest.fixture(scope="session")
+def well_compiled() -> Callable[[dict[str, Any]], str]:
+    """Check what the compiler said of a kernel, and give its PTX."""
+
+    def check(report: dict[str, Any]) -> str:
+        assert "failure" not in report, report["failure"]
+        (ptxas,), (ptx,) = report["ptxas"], report["ptx"]
+        assert "sm_90a" in ptxas
+        spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", ptxas)
+        assert spills
+        assert set(spills) == {"0"}, ptxas
+        assert "C75" not in ptxas, ptxas  # one wgmma at a time
+        assert "wgmma.mma_async" in ptx
+        assert "multimem" not in ptx  # NVLink multicast is not for us
+        return ptx
+
+    return check

@@ -1,11 +1,5 @@
 """Programs compile for accelerators that this machine does not have."""
 
-import json
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.int4_matmul.hopper import HopperConfig
-from pallas_kernels.topology import compiler_environment, gpu_topology, tpu_topology
+from pallas_kernels.topology import tpu_topology
 from pallas_kernels.tuning import read_table
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.quantize import quantize_model
@@ -92,39 +86,15 @@ STACKS = {
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    """Compile everything in one process of its own."""
-    described(gpu_topology)
-    dumps = tmp_path_factory.mktemp("mosaic")
-    settings = {"MOSAIC_GPU_DUMP_TO": str(dumps), "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
-    script = Path(__file__).with_name("compile_hopper.py")
-    done = subprocess.run(
-        [sys.executable, script],
-        input=json.dumps(PRODUCTS | TIGHT | STACKS),
-        env=os.environ | compiler_environment() | settings,
-        cwd=Path(__file__).parent.parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+def reports(compile_for_hopper):
+    return compile_for_hopper(PRODUCTS | TIGHT | STACKS)
 
 
 @pytest.mark.parametrize(
     "name", [*PRODUCTS, *(pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="spills")) for name in TIGHT)]
 )
-def test_the_kernel_compiles_as_it_should(reports, name: str):
-    report = reports[name]
-    assert "failure" not in report, report["failure"]
-    (ptxas,), (ptx,) = report["ptxas"], report["ptx"]
-    assert "sm_90a" in ptxas
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", ptxas)
-    assert spills
-    assert set(spills) == {"0"}, ptxas
-    assert "C75" not in ptxas, ptxas  # one wgmma at a time
-    assert "wgmma.mma_async" in ptx
-    assert "multimem" not in ptx  # NVLink multicast is not for us
+def test_the_kernel_compiles_as_it_should(reports, well_compiled, name: str):
+    well_compiled(reports[name])
 
 
 @pytest.mark.parametrize("kind", STACKS)

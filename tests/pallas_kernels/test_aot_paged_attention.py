@@ -1,21 +1,11 @@
-"""Paged attention compiles for an H200; run as a script, this file is the process that compiles."""
+"""Paged attention compiles for an H200."""
 
 import dataclasses
-import json
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.paged_attention.gpu import candidates, paged_attention_mosaic_gpu
-from pallas_kernels.paged_attention.plan import HopperConfig
-from pallas_kernels.topology import compiler_environment, gpu_topology
+from pallas_kernels.paged_attention.gpu import candidates
 
 pytestmark = pytest.mark.aot
 
@@ -66,71 +56,13 @@ PROBLEMS |= {
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    """Compile everything in one process of its own: dumps are set up at its start."""
-    try:
-        gpu_topology()
-    except ModuleNotFoundError as missing:
-        pytest.skip(str(missing))
-    settings = {"MOSAIC_GPU_DUMP_TO": str(tmp_path_factory.mktemp("mosaic"))}
-    settings |= {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | compiler_environment() | settings,
-        cwd=Path(__file__).parent.parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
+def reports(compile_for_hopper):
+    return compile_for_hopper(
+        {name: {"kind": "attention"} | dataclasses.asdict(problem) for name, problem in PROBLEMS.items()}
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_the_kernel_compiles_as_it_should(reports, name: str):
-    report = reports[name]
-    assert "failure" not in report, report["failure"]
-    (ptxas,), (ptx,) = report["ptxas"], report["ptx"]
-    assert "sm_90a" in ptxas
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", ptxas)
-    assert spills
-    assert set(spills) == {"0"}, ptxas
-    assert "C75" not in ptxas, ptxas  # one wgmma at a time
-    assert "wgmma.mma_async" in ptx
+def test_the_kernel_compiles_as_it_should(reports, well_compiled, name: str):
+    ptx = well_compiled(reports[name])
     assert "griddepcontrol.wait" in ptx
-    assert "multimem" not in ptx  # NVLink multicast is not for us
-
-
-def compile_problem(problem: Problem, dumps: Path) -> dict[str, list[str]]:
-    sharding = jax.sharding.SingleDeviceSharding(gpu_topology().devices[0])
-
-    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    b, pool = problem.sequences, problem.sequences * problem.entries
-    pages = array((pool, problem.kv_heads, problem.page, problem.head_dim), jnp.dtype(problem.kv_dtype))
-    scales = array(pages.shape[:3], jnp.float32) if pages.dtype.itemsize == 1 else None
-    q = array((b, problem.tokens, problem.kv_heads * problem.group, problem.head_dim), jnp.bfloat16)
-    places = array((b,), jnp.int32)
-    window = array((), jnp.int32) if problem.windowed else None
-    operands = (q, pages, pages, scales, scales, array((b, problem.entries), jnp.int32), places, places, window)
-    config = None if problem.config is None else HopperConfig(**problem.config)
-    before = set(dumps.iterdir())
-    run = jax.jit(lambda *operands: paged_attention_mosaic_gpu(*operands, scale=0.1, config=config))
-    run.lower(*operands).compile()
-    texts = {path: path.read_text(errors="replace") for path in set(dumps.iterdir()) - before}
-    return {kind: [text for path, text in texts.items() if path.suffix == f".{kind}"] for kind in ("ptxas", "ptx")}
-
-
-def main() -> None:
-    reports: dict[str, Any] = {}
-    for name, problem in PROBLEMS.items():
-        try:
-            reports[name] = compile_problem(problem, Path(os.environ["MOSAIC_GPU_DUMP_TO"]))
-        except Exception as failure:
-            reports[name] = {"failure": f"{type(failure).__name__}: {str(failure)[:2000]}"}
-    json.dump(reports, sys.stdout)
-
-
-if __name__ == "__main__":
-    main()
