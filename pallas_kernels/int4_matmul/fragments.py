@@ -17,19 +17,22 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, BFloat16, Float32, Int32
 
 from pallas_kernels.hopper import ROWS
 from pallas_kernels.packing import SIDE
 
-BLOCK_BYTES = SIDE * SIDE // 2
-_BLOCK_WORDS = BLOCK_BYTES // 4
+CODE_BYTES = 128
+CODE_ROWS = SIDE * SIDE // 2 // CODE_BYTES
+"""A block of 64 x 64 codes is that many rows of `CODE_BYTES`: the copy engine takes at most 256 elements a side."""
+
+_BLOCK_WORDS = SIDE * SIDE // 8
 _THREADS = 128
 
 
 def read_words(ref, blocks: int, *, interpret: bool) -> Int32[Array, " W"]:
-    """Load consecutive blocks from global memory into registers, past the first-level cache: each is read once."""
+    """Load consecutive blocks from shared memory: 16 bytes of each a thread, one after the other."""
     if interpret:
         return jax.lax.bitcast_convert_type(ref[...].reshape(-1, 4), jnp.int32)
     layout = _words(blocks)
@@ -39,22 +42,14 @@ def read_words(ref, blocks: int, *, interpret: bool) -> Int32[Array, " W"]:
         return_type=plgpu.ShapeDtypeStruct((_BLOCK_WORDS * blocks,), jnp.int32, layout=layout),
     )
     def load(_, source):
-        i32, i64, index = _i32(), ir.IntegerType.get_signless(64), ir.IndexType.get()
-        offset = memref.extract_strided_metadata(source)[1]
+        i32 = _i32()
+        pointer = mgpu.utils.memref_ptr(source)
         thread = arith.remui(mgpu.utils.thread_idx(), arith.constant(i32, _THREADS))
-        lane_bytes = arith.muli(arith.index_cast(index, thread), arith.constant(index, 16))
-        address = arith.addi(memref.extract_aligned_pointer_as_index(source), arith.addi(offset, lane_bytes))
-        address = arith.index_cast(i64, address)
+        vector_type = ir.VectorType.get((4,), i32)
         registers = np.empty((blocks,), dtype=object)
         for block in range(blocks):
-            words = _assemble(
-                4,
-                [address],
-                f"ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {{$0, $1, $2, $3}}, [$4+{block * BLOCK_BYTES}];",
-                "=r,=r,=r,=r,l",
-                ordered=True,
-            )
-            registers[block] = vector.from_elements(ir.VectorType.get((4,), i32), words)
+            index = arith.addi(thread, arith.constant(i32, block * _THREADS))
+            registers[block] = llvm.load(vector_type, mgpu.utils.getelementptr(pointer, [index], vector_type))
         return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=True)
 
     return load(ref)  # pyright: ignore[reportCallIssue]
@@ -124,11 +119,11 @@ def _i32() -> ir.Type:
     return ir.IntegerType.get_signless(32)
 
 
-def _assemble(count: int, operands: list, text: str, constraints: str, *, ordered: bool = False) -> list:
+def _assemble(count: int, operands: list, text: str, constraints: str) -> list:
     """Emit assembly with `count` 32-bit results."""
     i32 = _i32()
     struct = ir.Type.parse(f"!llvm.struct<({', '.join(['i32'] * count)})>")
-    results = llvm.inline_asm(struct, operands, text, constraints, has_side_effects=ordered)
+    results = llvm.inline_asm(struct, operands, text, constraints, has_side_effects=False)
     return [llvm.extractvalue(i32, results, ir.DenseI64ArrayAttr.get([i])) for i in range(count)]
 
 

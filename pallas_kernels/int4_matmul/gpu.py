@@ -32,6 +32,8 @@ _WAVE_COST = 40
 _SPARE_BYTES = 12_288
 """Shared memory left for scales of groups and low-rank factors."""
 
+_MOST_SLOTS = 8
+
 _WARPGROUPS = 4
 """Computing warpgroups that keep a multiprocessor of Hopper busy."""
 
@@ -183,26 +185,24 @@ def candidates(tile_m: int, n: int, k: int, *, groups: int = 1) -> list[HopperCo
                     if row_tiles * k_parts > (2 if large else _WARPGROUPS):
                         continue
                     config = HopperConfig(
-                        tile_m=tile_m,
-                        row_tiles=row_tiles,
-                        k_parts=k_parts,
-                        splits=splits,
-                        blocks=blocks,
-                        # Scales of groups take registers: with them, more codes than these under way would spill.
-                        ahead=2 if groups > 1 else 4 // blocks,
-                        slots=4,
+                        tile_m=tile_m, row_tiles=row_tiles, k_parts=k_parts, splits=splits, blocks=blocks, slots=2
                     )
                     if _fits(config, n, k, groups):
-                        found.append(config)
+                        found.append(_deepest(config, n, k, groups))
     return found
+
+
+def _deepest(config: HopperConfig, n: int, k: int, groups: int) -> HopperConfig:
+    """Give a configuration as many slots as fit, up to `_MOST_SLOTS`."""
+    more = (dataclasses.replace(config, slots=slots) for slots in range(_MOST_SLOTS, config.slots, -1))
+    return next((other for other in more if _fits(other, n, k, groups)), config)
 
 
 def variants(config: HopperConfig, n: int, k: int, *, groups: int = 1) -> list[HopperConfig]:
     """List the configurations that cut a shape up like `config` but pace their work differently, for tuning."""
-    paces = ((1, 2, 1, 4), (1, 4, 1, 4), (1, 4, 0, 8), (2, 2, 0, 8), (2, 3, 0, 4), (2, 2, 1, 4))
+    paces = [(blocks, behind, slots) for blocks in (1, 2) for behind in (0, 1) for slots in (4, 6, 8, 12, 16)]
     found = [
-        dataclasses.replace(config, blocks=blocks, ahead=ahead, behind=behind, slots=slots)
-        for blocks, ahead, behind, slots in paces
+        dataclasses.replace(config, blocks=blocks, behind=behind, slots=slots) for blocks, behind, slots in paces
     ]
     return [other for other in found if other != config and _fits(other, n, k, groups)]
 
@@ -214,7 +214,8 @@ def _fits(config: HopperConfig, n: int, k: int, groups: int) -> bool:
         return False
     step = SIDE * config.blocks
     steps = k // SIDE // config.parts // config.blocks
-    ring = config.k_parts * min(config.slots, steps) * config.tile_m * step * 2
+    slot = config.tile_m * step * 2 + config.row_tiles * SIDE * step // 2
+    ring = config.k_parts * min(config.slots, steps) * slot
     share = config.tile_m // config.reducers
     sums = config.parts * config.row_tiles * SIDE * share * 4 if config.parts > 1 else 0
     result = config.row_tiles * share * SIDE * 2

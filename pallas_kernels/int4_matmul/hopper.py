@@ -1,11 +1,11 @@
-"""Int4 matmul for Hopper in Mosaic GPU: weights go from global memory through registers into the tensor cores.
+"""Int4 matmul for Hopper in Mosaic GPU: int4 codes become the left operands of the tensor cores in registers.
 
 A block of threads computes `row_tiles` x 64 output channels for `tile_m` rows of x. The weight is the left operand of
-wgmma (operands swapped), so that a few rows of x cost few columns of tensor-core work; each warpgroup loads its codes
-straight into registers, some steps ahead, and turns them into bfloat16 there. Codes have no use for shared memory: no
-byte of them is read by two threads. x comes through shared memory by TMA, which one further warpgroup issues. K may be
-split over `k_parts` warpgroups of a block and over the `splits` blocks of a cluster; partial sums meet in shared memory
-of the cluster, each block summing its share of the rows of x in fixed order, so that results do not depend on timing.
+wgmma (operands swapped), so that a few rows of x cost few columns of tensor-core work; codes become bfloat16 in the
+registers that wgmma reads. Codes and x come into shared memory by TMA, which one further warpgroup issues: codes need
+not be shared, but there more of them can be under way than registers hold. K may be split over `k_parts` warpgroups
+of a block and over the `splits` blocks of a cluster; partial sums meet in shared memory of the cluster, each block
+summing its share of the rows of x in fixed order, so that results do not depend on timing.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Int8, Shaped
 
 from pallas_kernels.hopper import WGMMA, Accumulator, feed_and_compute, hold, row_values, shared_tile
-from pallas_kernels.int4_matmul.fragments import BLOCK_BYTES, read_words, unpack_words
+from pallas_kernels.int4_matmul.fragments import CODE_BYTES, CODE_ROWS, read_words, unpack_words
 from pallas_kernels.packing import SIDE
 
 _FEEDER_REGISTERS = 40
@@ -32,9 +32,9 @@ class HopperConfig:
 
     `tile_m` rows of x a block takes (a multiple of 8, at most 256); `row_tiles` warpgroups side by side, 64 output
     channels each; `k_parts` warpgroups and `splits` blocks of a cluster that share K; `blocks` of 64 columns in a step;
-    `ahead` steps that weights are loaded ahead, in registers; `behind` (0 or 1) steps whose products may still run
-    while the next step's codes are converted; `slots` steps of x in shared memory, more than `behind`; `overlap` lets
-    the kernel start while the one before it still runs.
+    `slots` steps that are in shared memory or on the way there, more than `behind`; `behind` (0 or 1) steps whose
+    products may still run while the next step's codes are converted; `overlap` lets the kernel start while the one
+    before it still runs.
     """
 
     tile_m: int
@@ -42,9 +42,8 @@ class HopperConfig:
     k_parts: int = 1
     splits: int = 1
     blocks: int = 2
-    ahead: int = 2
-    behind: int = 0
     slots: int = 4
+    behind: int = 0
     overlap: bool = True
 
     def check(self, *, n: int, k: int, groups: int) -> None:
@@ -117,7 +116,7 @@ def int4_matmul_hopper(
         scratch_types=list(shared.values()),
         interpret=interpret,
     )
-    return run(packed.reshape(n // SIDE, -1), scale, x, *given.values())
+    return run(packed.reshape(n // SIDE, -1, CODE_BYTES), scale, x, *given.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,17 +166,18 @@ class _Kernel:
         step, tile_m, share = SIDE * config.blocks, config.tile_m, config.tile_m // config.reducers
         chunk = min(SIDE, self.piece)  # columns of a swizzled tile of x: no chain of wgmma may begin inside one
         rings = config.k_parts * self.slots
+        codes = (config.k_parts, self.slots, config.row_tiles, config.blocks * CODE_ROWS, CODE_BYTES)
         shapes = {
+            "code_ring": plgpu.SMEM(codes, jnp.int8),
             "x_ring": shared_tile((config.k_parts, self.slots, tile_m, step), jnp.bfloat16, row=chunk * 2),
-            "x_full": plgpu.Barrier(num_barriers=rings),
-            "x_empty": plgpu.Barrier(num_arrivals=config.row_tiles, num_barriers=rings),
+            "full": plgpu.Barrier(num_arrivals=2 + (self.groups > 1) * (1 if zero is None else 2), num_barriers=rings),
+            "empty": plgpu.Barrier(num_arrivals=config.row_tiles, num_barriers=rings),
             "y_tile": shared_tile((config.row_tiles, share, SIDE), self.out_dtype, row=128),
         }
         if config.parts > 1:
             shapes["sums"] = shared_tile((config.parts, config.row_tiles, SIDE, share), jnp.float32, row=share * 4)
             shapes["sums_full"] = plgpu.Barrier(num_arrivals=config.parts, num_barriers=config.row_tiles)
         if self.groups > 1:
-            shapes["x_full"] = plgpu.Barrier(num_arrivals=2 if zero is None else 3, num_barriers=rings)
             values = (config.k_parts, self.slots, self.pieces, SIDE * config.row_tiles)
             shapes["scale_ring"] = plgpu.SMEM(values, scale.dtype)
             if zero is not None:
@@ -200,58 +200,62 @@ class _Kernel:
             feeder=_FEEDER_REGISTERS if rationed else None,
         )
 
-    def _feed(self, *, x, x_ring, x_full, x_empty, scale, zero=None, b=None, z=None, **refs) -> None:
-        """Bring x and groups' scales into shared memory, step by step for each part of K."""
+    def _feed(self, *, x, packed, x_ring, code_ring, full, empty, scale, zero=None, b=None, z=None, **refs) -> None:
+        """Bring codes, x and groups' values into shared memory, step by step for each part of K."""
         config = self.config
-        channels = pl.ds(lax.axis_index("n") * config.row_tiles * SIDE, config.row_tiles * SIDE)
+        first_tile = lax.axis_index("n") * config.row_tiles
+        channels = pl.ds(first_tile * SIDE, config.row_tiles * SIDE)
+        rows = pl.ds(lax.axis_index("m") * config.tile_m, config.tile_m)
+
+        def block(i, part):
+            return (lax.axis_index("split") * config.k_parts + part) * self.part_blocks + i * config.blocks
+
+        def copy_weights(i, part, slot):
+            barrier = full.at[part * self.slots + slot]
+            tiles, lines = pl.ds(first_tile, config.row_tiles), pl.ds(block(i, part) * CODE_ROWS, code_ring.shape[3])
+            plgpu.copy_gmem_to_smem(packed.at[tiles, lines], code_ring.at[part, slot], barrier)
+            if self.groups > 1:
+                groups = pl.ds(block(i, part) * SIDE * self.groups // self.k, self.pieces)
+                plgpu.copy_gmem_to_smem(scale.at[groups, channels], refs["scale_ring"].at[part, slot], barrier)
+                if zero is not None:
+                    plgpu.copy_gmem_to_smem(zero.at[groups, channels], refs["zero_ring"].at[part, slot], barrier)
+
+        def copy_x(i, part, slot):
+            columns = pl.ds(block(i, part) * SIDE, SIDE * config.blocks)
+            plgpu.copy_gmem_to_smem(x.at[rows, columns], x_ring.at[part, slot], full.at[part * self.slots + slot])
+
+        for i in range(self.slots):
+            for part in range(config.k_parts):
+                copy_weights(i, part, i)
         if b is not None:
             plgpu.copy_gmem_to_smem(b.at[channels], refs["b_tile"], refs["z_full"])
-        rows = pl.ds(lax.axis_index("m") * config.tile_m, config.tile_m)
-        if self.overlap:
+        if self.overlap:  # what comes next may be of the kernel before
             plgpu.griddepcontrol_wait()
+        for i in range(self.slots):
+            for part in range(config.k_parts):
+                copy_x(i, part, i)
         if z is not None:
             plgpu.copy_gmem_to_smem(z.at[rows], refs["z_tile"], refs["z_full"])
 
         def step(i, _):
             slot = lax.rem(i, jnp.int32(self.slots))
             for part in range(config.k_parts):
-                at = part * self.slots + slot
+                plgpu.barrier_wait(empty.at[part * self.slots + slot])
+                copy_weights(i, part, slot)
+                copy_x(i, part, slot)
 
-                @pl.when(i >= self.slots)
-                def _(at=at):
-                    plgpu.barrier_wait(x_empty.at[at])
-
-                block = (lax.axis_index("split") * config.k_parts + part) * self.part_blocks + i * config.blocks
-                columns = pl.ds(block * SIDE, SIDE * config.blocks)
-                plgpu.copy_gmem_to_smem(x.at[rows, columns], x_ring.at[part, slot], x_full.at[at])
-                if self.groups > 1:
-                    groups = pl.ds(block * SIDE * self.groups // self.k, self.pieces)
-                    plgpu.copy_gmem_to_smem(
-                        scale.at[groups, channels], refs["scale_ring"].at[part, slot], x_full.at[at]
-                    )
-                    if zero is not None:
-                        plgpu.copy_gmem_to_smem(
-                            zero.at[groups, channels], refs["zero_ring"].at[part, slot], x_full.at[at]
-                        )
-
-        lax.fori_loop(0, self.steps, step, None)
+        lax.fori_loop(self.slots, self.steps, step, None)
         for at in range(config.k_parts * self.slots):
-            plgpu.barrier_wait(x_empty.at[at])
+            plgpu.barrier_wait(empty.at[at])
         if b is not None:  # a block that sums nothing does not use it, but may not end before it has come
             plgpu.barrier_wait(refs["z_full"])
 
-    def _compute(self, warpgroup, *, packed, scale, x_ring, x_full, x_empty, zero=None, **refs) -> None:
+    def _compute(self, warpgroup, *, scale, code_ring, x_ring, full, empty, zero=None, **refs) -> None:
         """Multiply the codes of a tile of 64 output channels with a part of K."""
         config = self.config
         k_part, row_tile = warpgroup // config.row_tiles, warpgroup % config.row_tiles
         tile = lax.axis_index("n") * config.row_tiles + row_tile
-        part = lax.axis_index("split") * config.k_parts + k_part
         rows = pl.ds(tile * SIDE, SIDE)
-
-        def fetch(i):
-            block = part * self.part_blocks + i * config.blocks
-            source = packed.at[tile, pl.ds(block * BLOCK_BYTES, BLOCK_BYTES * config.blocks)]
-            return read_words(source, config.blocks, interpret=self.interpret)
 
         def group_values(ring, slot, dtype):
             channels = pl.ds(row_tile * SIDE, SIDE)
@@ -261,20 +265,19 @@ class _Kernel:
         if self.groups == 1:
             row_scale = row_values(scale.at[0, rows]).astype(jnp.float32)
             row_zero = None if zero is None else row_values(zero.at[0, rows]).astype(jnp.int32)
-
         behind = 0 if self.groups > 1 and not self.scaled_weights else config.behind
 
         def place(i):
             return k_part * self.slots + lax.rem(i, jnp.int32(self.slots))
 
-        def multiply(i, words, acc, total, *, first=False):
-            at, slot = place(i), lax.rem(i, jnp.int32(self.slots))
+        def multiply(i, acc, total, *, first=False):
+            slot = lax.rem(i, jnp.int32(self.slots))
+            plgpu.barrier_wait(full.at[place(i)])
             scales, zeros = (), () if row_zero is None else (row_zero,) * self.pieces
             if self.groups > 1:
-                plgpu.barrier_wait(x_full.at[at])
                 scales = group_values(refs["scale_ring"], slot, jnp.float32)
                 zeros = () if zero is None else group_values(refs["zero_ring"], slot, jnp.int32)
-                plgpu.commit_smem()  # what threads have read here is next written by the copy engine
+            words = read_words(code_ring.at[k_part, slot, row_tile], config.blocks, interpret=self.interpret)
             weights = unpack_words(
                 words,
                 columns=self.piece,
@@ -282,8 +285,6 @@ class _Kernel:
                 scales=scales if self.scaled_weights else (),
                 interpret=self.interpret,
             )
-            if self.groups == 1:
-                plgpu.barrier_wait(x_full.at[at])
             columns = [x_ring.at[k_part, slot, :, pl.ds(j * self.piece, self.piece)] for j in range(self.pieces)]
             if acc is not None:
                 for weight, column in zip(weights, columns, strict=True):
@@ -291,37 +292,18 @@ class _Kernel:
                 plgpu.wgmma_wait(behind)
             else:
                 total = total + self._scaled_sum(weights, columns, scales)
+            plgpu.commit_smem()  # what threads have read is next written by the copy engine
             if not (behind and first):
-                plgpu.barrier_arrive(x_empty.at[place(i - behind)])
+                plgpu.barrier_arrive(empty.at[place(i - behind)])
             return total
-
-        ahead = min(config.ahead, self.steps)
 
         def run(acc):
             total = jnp.float32(0) if acc is not None else plgpu.layout_cast(self._zeros(), WGMMA)
-            ring = [fetch(jnp.int32(i)) for i in range(ahead)]
-            total = multiply(jnp.int32(0), ring[0], acc, total, first=True)
-            if ahead < self.steps:
-                ring[0] = fetch(jnp.int32(ahead))
-            turns = max(0, (self.steps - 1 - ahead) // ahead)
-
-            def turn(o, carry):
-                ring, total = list(carry[0]), carry[1]
-                for d in range(1, ahead + 1):
-                    i = o * ahead + d
-                    total = multiply(i, ring[d % ahead], acc, total)
-                    ring[d % ahead] = fetch(i + ahead)
-                return tuple(ring), total
-
-            ring, total = lax.fori_loop(0, turns, turn, (tuple(ring), total))
-            ring = list(ring)
-            for i in range(1 + turns * ahead, self.steps):
-                total = multiply(jnp.int32(i), ring[i % ahead], acc, total)
-                if i + ahead < self.steps:
-                    ring[i % ahead] = fetch(jnp.int32(i + ahead))
+            total = multiply(jnp.int32(0), acc, total, first=True)
+            total = lax.fori_loop(1, self.steps, lambda i, total: multiply(i, acc, total), total)
             if behind:
                 plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(x_empty.at[place(jnp.int32(self.steps - 1))])
+                plgpu.barrier_arrive(empty.at[place(jnp.int32(self.steps - 1))])
             return total if acc is None else hold(acc[...], interpret=self.interpret)
 
         if self.groups == 1 or self.scaled_weights:
@@ -330,6 +312,7 @@ class _Kernel:
             y = run(None)
         if self.overlap:
             plgpu.griddepcontrol_launch_dependents()
+        part = lax.axis_index("split") * config.k_parts + k_part
         self._reduce(y, k_part=k_part, part=part, row_tile=row_tile, tile=tile, row_scale=row_scale, **refs)
 
     def _zeros(self) -> jax.Array:

@@ -70,9 +70,9 @@ PRODUCTS = tuned() | {
     "groups of 32": product(32, 28672, 4096, group=32, **FULL, tile_m=32, row_tiles=4, blocks=1),
     "groups of 32, 16 rows": product(16, 4096, 4096, group=32, **FULL, tile_m=16, k_parts=4, blocks=1),
     "groups of 128, 64 rows": product(64, 28672, 4096, group=128, **FULL, tile_m=64, row_tiles=4, blocks=1),
-    "256 rows": product(512, 28672, 4096, tile_m=256, row_tiles=2, blocks=1, ahead=3),
+    "256 rows": product(512, 28672, 4096, tile_m=256, row_tiles=2, blocks=1),
     "256 rows, groups of 128": product(
-        512, 28672, 4096, group=128, **FULL, tile_m=256, row_tiles=2, blocks=1, ahead=3, slots=3
+        512, 28672, 4096, group=128, **FULL, tile_m=256, row_tiles=2, blocks=1, slots=3
     ),
     "128 rows, groups of 32": product(128, 4096, 4096, group=32, **FULL, tile_m=128, row_tiles=2, blocks=1, slots=3),
 }

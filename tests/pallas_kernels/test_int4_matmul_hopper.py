@@ -24,9 +24,9 @@ BF16 = 2.0**-8
 """Rounding to bfloat16, as a share of what is rounded."""
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "one slot": {"tile_m": 8, "blocks": 1, "ahead": 1, "slots": 1},
-    "more ahead than there are steps": {"tile_m": 8, "blocks": 2, "ahead": 6},
-    "everything cut": {"tile_m": 16, "row_tiles": 2, "k_parts": 2, "splits": 2, "blocks": 1, "ahead": 3},
+    "one slot": {"tile_m": 8, "blocks": 1, "slots": 1},
+    "more slots than there are steps": {"tile_m": 8, "blocks": 2, "slots": 9},
+    "everything cut": {"tile_m": 16, "row_tiles": 2, "k_parts": 2, "splits": 2, "blocks": 1},
     "cluster of 4, one reducer": {"tile_m": 8, "splits": 4, "blocks": 1},
     "cluster of 8, two reducers": {"tile_m": 16, "splits": 8, "blocks": 1},
     "parts of K alone": {"tile_m": 32, "k_parts": 4, "blocks": 1},
@@ -34,7 +34,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "cluster of 4": {"tile_m": 64, "splits": 4, "blocks": 2},
     "products run behind": {"tile_m": 16, "blocks": 1, "behind": 1, "slots": 2},
     "tile of 128": {"tile_m": 128, "splits": 2, "blocks": 1},
-    "tile of 256": {"tile_m": 256, "row_tiles": 2, "blocks": 1, "ahead": 3},
+    "tile of 256": {"tile_m": 256, "row_tiles": 2, "blocks": 1},
 }
 KINDS: dict[str, dict[str, Any]] = {
     "channel": {},
@@ -44,7 +44,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 QUICK = {
     ("one slot", "channel, asymmetric, bias, rank 5"),
-    ("more ahead than there are steps", "group 128, asymmetric, bias, rank 5"),
+    ("more slots than there are steps", "group 128, asymmetric, bias, rank 5"),
     ("everything cut", "channel, asymmetric, bias, rank 5"),
     ("everything cut", "group 32"),
     ("cluster of 4, one reducer", "group 128, asymmetric, bias, rank 5"),
