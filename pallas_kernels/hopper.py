@@ -44,13 +44,18 @@ def row_values(ref) -> jax.Array:
     return plgpu.load(ref, layout=ROWS, optimized=False)
 
 
+def thread_registers(warpgroups: int) -> int:
+    """Give the registers that each thread of a block of so many warpgroups starts with."""
+    return _REGISTERS // (128 * warpgroups) // 8 * 8
+
+
 def computing_registers(compute: int, *, feeder: int) -> int:
     """Give the registers that a thread of `compute` warpgroups may have when a further one keeps `feeder` of its own.
 
     What is taken and given must balance within the registers that the block starts with: a warpgroup that asks for
     more than there are waits for ever.
     """
-    start = _REGISTERS // (128 * (compute + 1)) // 8 * 8
+    start = thread_registers(compute + 1)
     return min(240, (start * (compute + 1) - feeder) // compute // 8 * 8)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from pallas_kernels import tuning
 from pallas_kernels.int4_matmul import int4_matmul
 from pallas_kernels.int4_matmul.gpu import (
+    Shape,
     candidates,
     choose_config,
     int4_matmul_mosaic_gpu,
@@ -171,10 +172,11 @@ def main() -> None:
                 continue
             print(f"{name} [{n}, {k}], {rows} rows", file=sys.stderr, flush=True)
             problem = Problem(m=rows, n=n, k=k, group=flags.group_size)
-            fitting = candidates(tile_rows(rows), n, k, groups=problem.groups)
-            entry = tune_int4_matmul(problem, rank_by_rule(fitting, rows, n, k)[: flags.limit])
+            shape = Shape(n=n, k=k, groups=problem.groups)
+            fitting = candidates(tile_rows(rows), shape)
+            entry = tune_int4_matmul(problem, rank_by_rule(fitting, rows, shape)[: flags.limit])
             best = HopperConfig(**entry["config"])
-            paced = tune_int4_matmul(problem, [best, *variants(best, n, k, groups=problem.groups)])
+            paced = tune_int4_matmul(problem, [best, *variants(best, shape)])
             entries.append(paced | {"tried": sorted(entry["tried"] + paced["tried"], key=lambda one: one["us"])})
             write(flags.output, entries)
     print(json.dumps({"tuned": len(entries)}))

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from pallas_kernels.int4_matmul import Compensator
-from pallas_kernels.packing import RANK_STEP, SIDE
+from pallas_kernels.packing import RANK_STEP, SIDE, factor_to_fragments
 from spear_jax.models.decoder import MODULES, Decoder, unstack
 from spear_jax.nn.linear import Linear
 from spear_jax.quant import QuantTensor
@@ -17,27 +17,49 @@ from spear_jax.quant import QuantTensor
 def lay_out_for_hopper(model: Decoder) -> Decoder:
     """Give a model of stacked layers with separate ones: int4 linears in fragments, B as [N, R], R filled up to 16s.
 
-    Linears with a side that is no multiple of 64 stay as they are.
+    Gates and what they gate alternate in blocks of 64 channels, so that the product applies the activation. Linears
+    with a side that is no multiple of 64 stay as they are.
     """
     separate = unstack(model)
     assert isinstance(separate.layers, nnx.List)
     for layer in separate.layers:
         for name in MODULES:
-            setattr(layer, name, _lay_out(getattr(layer, name)))
-    for compensators in separate.compensators.values():
-        compensators.layers = nnx.List([_prepare(compensator) for compensator in compensators.layers])
+            setattr(layer, name, _lay_out(getattr(layer, name), paired=name == "gate_up" and _paired(model)))
+    for name, compensators in separate.compensators.items():
+        paired = name == "gate_up" and _paired(model)
+        compensators.layers = nnx.List([_prepare(compensator, paired=paired) for compensator in compensators.layers])
     return separate
 
 
-def _lay_out(linear: Linear) -> Linear:
+def _paired(model: Decoder) -> bool:
+    """Say whether the product of gate and up applies the activation."""
+    config, weight = model.config, model.layers.gate_up.weight
+    return config.activation == "silu" and config.intermediate_size % SIDE == 0 and _in_blocks(weight)
+
+
+def _in_blocks(weight: object) -> bool:
+    return isinstance(weight, QuantTensor) and not any(side % SIDE for side in weight.shape[-2:])
+
+
+def _lay_out(linear: Linear, *, paired: bool) -> Linear:
     weight = linear.weight
-    if not isinstance(weight, QuantTensor) or any(side % SIDE for side in weight.shape[-2:]):
+    if not isinstance(weight, QuantTensor) or not _in_blocks(weight):
         return linear
-    return Linear(jax.jit(QuantTensor.in_fragments)(weight), None if linear.bias is None else linear.bias[...])
+    bias = None if linear.bias is None else linear.bias[...]
+    if paired:
+        weight, bias = jax.tree.map(_alternate, (weight, bias))
+    return Linear(jax.jit(QuantTensor.in_fragments)(weight), bias, activation="silu" if paired else None)
 
 
-def _prepare(compensator: Compensator) -> Compensator:
+def _alternate(rows: Array) -> Array:
+    """Put blocks of 64 of the first half of the rows and of the second half by turns."""
+    return jnp.swapaxes(rows.reshape(2, -1, SIDE, *rows.shape[1:]), 0, 1).reshape(rows.shape)
+
+
+def _prepare(compensator: Compensator, *, paired: bool) -> Compensator:
     """Transpose B, fill ranks up, and where there is no gate between them make one scale of A's and B's.
+
+    A static int8 A of ranks up to 64 goes into fragments, for the product to compute the coordinates as well.
 
     Rows that are filled in add nothing, whatever the gate makes of them.
     """
@@ -53,4 +75,9 @@ def _prepare(compensator: Compensator) -> Compensator:
     assert bt is not None
     if gate is None and a_scale is not None and bt_scale is not None:
         a_scale, bt_scale = a_scale * bt_scale, None
-    return Compensator(a=fill(compensator.a), b=bt.T, a_scale=a_scale, bt_scale=bt_scale, gate=gate)
+    a, fragments = fill(compensator.a), None
+    assert a is not None
+    if gate is None and a.dtype == jnp.int8 and a.shape[0] <= SIDE and a.shape[1] % SIDE == 0:
+        a, fragments = None, jax.jit(factor_to_fragments)(a)
+    b = _alternate(bt.T) if paired else bt.T
+    return Compensator(a=a, a_fragments=fragments, b=b, a_scale=a_scale, bt_scale=bt_scale, gate=gate)

@@ -1,6 +1,6 @@
 """Matrix product with int4 weights and an optional low-rank error compensator."""
 
-from pallas_kernels.int4_matmul.api import Compensator, Gate, Layout, int4_matmul
+from pallas_kernels.int4_matmul.api import Activation, Compensator, Gate, Layout, int4_matmul
 from pallas_kernels.int4_matmul.reference import (
     compensator_coordinates,
     dequantize,
@@ -9,6 +9,7 @@ from pallas_kernels.int4_matmul.reference import (
 )
 
 __all__ = [
+    "Activation",
     "Compensator",
     "Gate",
     "Layout",

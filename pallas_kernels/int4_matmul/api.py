@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
 from pallas_kernels import dispatch
-from pallas_kernels.int4_matmul.operands import Compensator, Gate, Layout
+from pallas_kernels.int4_matmul.operands import Activation, Compensator, Gate, Layout
 from pallas_kernels.int4_matmul.reference import int4_matmul_xla
+from pallas_kernels.packing import SIDE
 
-__all__ = ["Compensator", "Gate", "Layout", "int4_matmul"]
+__all__ = ["Activation", "Compensator", "Gate", "Layout", "int4_matmul"]
 
 
 def _mosaic_gpu(*args: Any, **kwargs: Any) -> Array:
@@ -34,6 +35,7 @@ def int4_matmul(
     z: Float[Array, "*B R"] | None = None,
     out_dtype: jnp.dtype | type | None = None,
     layout: Layout = "rows",
+    activation: Activation | None = None,
     implementation: dispatch.Implementation | None = None,
 ) -> Float[Array, "*B N"]:
     """Compute `x W^T + bias + (g * A x) B^T` with int4 `W = scale * (code - zero)`, accumulating in float32.
@@ -48,6 +50,7 @@ def int4_matmul(
         z: The gated coordinates `g * A x` where they are already known, as when several products share one `A`.
         out_dtype: Type of the result; x's by default.
         layout: "rows", or "fragments": codes as `fragments.to_fragments` orders them, scale and zero as [G, N].
+        activation: "silu": output channels alternate in blocks of 64, and `silu(even) * odd`, [..., N / 2], is given.
         implementation: Backend; by default the best one for this platform that can do the case.
 
     Raises:
@@ -57,6 +60,11 @@ def int4_matmul(
     if layout not in ("rows", "fragments"):
         raise ValueError(f"int4_matmul: layout must be rows or fragments, got {layout!r}")
     _check(x, packed, scale, layout, zero=zero, bias=bias, compensator=compensator, z=z)
+    if activation is not None and (activation != "silu" or packed.shape[0] % (2 * SIDE)):
+        raise ValueError(
+            f"int4_matmul: activation must be silu, over a multiple of {2 * SIDE} output channels, got {activation!r}"
+            f" over {packed.shape[0]}"
+        )
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     with jax.named_scope("int4_matmul"):
         return dispatch.call(
@@ -65,6 +73,7 @@ def int4_matmul(
             implementation,
             *(x, packed, scale, zero, bias, compensator, z, out_dtype),
             layout=layout,
+            activation=activation,
         )
 
 
@@ -84,9 +93,12 @@ def _check(x, packed, scale, layout, *, zero, bias, compensator, z) -> None:
     if compensator is not None:
         if (compensator.bt is None) == (compensator.b is None):
             raise ValueError("int4_matmul: a compensator has either bt or b")
-        rank = compensator.b.shape[1] if compensator.bt is None else compensator.bt.shape[0]
+        if (compensator.a is None) == (compensator.a_fragments is None):
+            raise ValueError("int4_matmul: a compensator has either a or a_fragments")
+        rank = compensator.rank
         expected |= {
             "compensator.a": (compensator.a, (rank, k)),
+            "compensator.a_fragments": (compensator.a_fragments, (rank * k // 128, 128)),
             "compensator.bt": (compensator.bt, (rank, n)),
             "compensator.b": (compensator.b, (n, rank)),
             "compensator.a_scale": (compensator.a_scale, (rank,)),

@@ -21,7 +21,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, BFloat16, Float32, Int32
 
 from pallas_kernels.hopper import ROWS
-from pallas_kernels.packing import SIDE
+from pallas_kernels.packing import RANK_STEP, SIDE
 
 CODE_BYTES = 128
 CODE_ROWS = SIDE * SIDE // 2 // CODE_BYTES
@@ -29,6 +29,7 @@ CODE_ROWS = SIDE * SIDE // 2 // CODE_BYTES
 
 _BLOCK_WORDS = SIDE * SIDE // 8
 _THREADS = 128
+_WARP = 32
 
 
 def read_words(ref, blocks: int, *, interpret: bool) -> Int32[Array, " W"]:
@@ -51,6 +52,44 @@ def read_words(ref, blocks: int, *, interpret: bool) -> Int32[Array, " W"]:
             index = arith.addi(thread, arith.constant(i32, block * _THREADS))
             registers[block] = llvm.load(vector_type, mgpu.utils.getelementptr(pointer, [index], vector_type))
         return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=True)
+
+    return load(ref)  # pyright: ignore[reportCallIssue]
+
+
+def read_factor(ref, blocks: int, rank: int, *, interpret: bool) -> BFloat16[Array, "64 {blocks}*64"]:
+    """Load consecutive blocks of `factor_to_fragments` from shared memory and give them as a left operand of wgmma.
+
+    Rows from `rank` on repeat those before: a warp holds 16 rows, and each reads some.
+    """
+    slabs = rank // RANK_STEP
+    if interpret:
+        planes = ref[...].reshape(blocks, 2, slabs, -1)[:, :, jnp.arange(4) % slabs]
+        words = jax.lax.bitcast_convert_type(planes.swapaxes(0, 1).reshape(2, -1, 4), jnp.int32)
+        high, low = (_unpack_in_jax(plane, SIDE * blocks, (), ())[0] for plane in words)
+        return high * 16 + (low + 8)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct((SIDE, SIDE * blocks), jnp.bfloat16, layout=plgpu.Layout.WGMMA),
+    )
+    def load(_, source):
+        i32 = _i32()
+        pointer = mgpu.utils.memref_ptr(source)
+        thread = arith.remui(mgpu.utils.thread_idx(), arith.constant(i32, _THREADS))
+        lane = arith.remui(thread, arith.constant(i32, _WARP))
+        slab = arith.remui(arith.divui(thread, arith.constant(i32, _WARP)), arith.constant(i32, slabs))
+        first = arith.addi(arith.muli(slab, arith.constant(i32, _WARP)), lane)
+        vector_type = ir.VectorType.get((4,), i32)
+        pairs = []
+        for block in range(blocks):
+            planes = []
+            for plane in range(2):
+                index = arith.addi(first, arith.constant(i32, (2 * block + plane) * slabs * _WARP))
+                planes.append(llvm.load(vector_type, mgpu.utils.getelementptr(pointer, [index], vector_type)))
+            for step in range(4):
+                words = [vector.extract(plane, [], ir.DenseI64ArrayAttr.get([step])) for plane in planes]
+                pairs += _convert_bytes(*words)
+        return _fragment(pairs, SIDE * blocks)
 
     return load(ref)  # pyright: ignore[reportCallIssue]
 
@@ -144,6 +183,30 @@ def _convert_word(word, offsets: tuple, factors: tuple) -> list:
     constraints = ",".join(["=&r"] * 4 + ["r"] * len(operands))
     pair = ir.VectorType.get((2,), ir.BF16Type.get())
     return [llvm.bitcast(pair, value) for value in _assemble(4, operands, "\n".join(lines), constraints)]
+
+
+def _convert_bytes(high, low) -> list:
+    """Turn a word of high nibbles and one of low ones into registers a0 to a3 of 16 high + low."""
+    i32 = _i32()
+    values = [
+        _convert_word(word, (arith.constant(i32, offset),) * 2, ())
+        for word, offset in ((high, 0x43084308), (low, 0x43004300))
+    ]
+    sixteen = arith.constant(i32, 0x41804180)
+    pair = ir.VectorType.get((2,), ir.BF16Type.get())
+    return [
+        llvm.bitcast(
+            pair,
+            llvm.inline_asm(
+                i32,
+                [llvm.bitcast(i32, h), sixteen, llvm.bitcast(i32, lo)],
+                "fma.rn.bf16x2 $0, $1, $2, $3;",
+                "=r,r,r,r",
+                has_side_effects=False,
+            ),
+        )
+        for h, lo in zip(*values, strict=True)
+    ]
 
 
 def _per_row(array) -> list:

@@ -6,12 +6,12 @@ from typing import Literal
 
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int8, Shaped
+from jaxtyping import Array, Float, Float32, Int8, Shaped
 
 from pallas_kernels import dispatch, tuning
-from pallas_kernels.hopper import SHARED_BYTES
-from pallas_kernels.int4_matmul.hopper import HopperConfig, int4_matmul_hopper
-from pallas_kernels.int4_matmul.operands import Compensator, Layout
+from pallas_kernels.hopper import SHARED_BYTES, thread_registers
+from pallas_kernels.int4_matmul.hopper import MOST_PROJECTED_ROWS, RATIONED_ROWS, HopperConfig, int4_matmul_hopper
+from pallas_kernels.int4_matmul.operands import Activation, Compensator, Layout
 from pallas_kernels.int4_matmul.projection import MOST_ROWS, project_hopper
 from pallas_kernels.int4_matmul.reference import compensator_coordinates, gated_coordinates
 from pallas_kernels.packing import RANK_STEP, SIDE, to_fragments
@@ -32,6 +32,13 @@ _WAVE_COST = 40
 _SPARE_BYTES = 12_288
 """Shared memory left for scales of groups and low-rank factors."""
 
+_BLOCK_REGISTERS = 20
+_OTHER_REGISTERS = 24
+"""Registers of a thread that a block of 64 x 64 codes takes while it is converted, and that all else takes but sums.
+
+Fitted to what ptxas reports: 65 to 113 registers, and spills where a thread has fewer.
+"""
+
 _MOST_SLOTS = 8
 
 _WARPGROUPS = 4
@@ -49,13 +56,15 @@ def int4_matmul_mosaic_gpu(
     out_dtype: jnp.dtype,
     *,
     layout: Layout = "rows",
+    activation: Activation | None = None,
     config: HopperConfig | None = None,
     interpret: plgpu.InterpretGPUParams | bool = False,
 ) -> Float[Array, "*B N"]:
     """Compute what `int4_matmul` documents; z in bfloat16, and group scales too for more than 16 rows of x.
 
     Weights laid out by rows are reordered at every call, `bt` is transposed and ranks are filled up to multiples of 16:
-    for speed, bring weights into fragments and compensators into such a `b` once.
+    for speed, bring weights into fragments and compensators into `a_fragments` and such a `b` once. Static compensators
+    in that form need no other kernel up to 64 rows of x.
 
     Raises:
         NotImplementedError: x is not bfloat16, the result neither that nor float32, the GPU is no Hopper, or the shape
@@ -70,18 +79,42 @@ def int4_matmul_mosaic_gpu(
     m = rows.shape[0]
     if layout == "rows":
         rows, packed, scale, zero, bias = _pad_and_reorder(rows, packed, scale, zero, bias)
-    b = None
-    if compensator is not None:
+    a = a_scale = b = None
+    if compensator is not None and z is None and _projects_along(m, compensator):
+        a, b = compensator.a_fragments, compensator.b
+        a_scale = _product(compensator.a_scale, compensator.bt_scale)
+    elif compensator is not None:
         z = _coordinates(x.reshape(m, k), compensator, interpret) if z is None else z
         z, b = _low_rank(z.reshape(m, -1), compensator, packed.shape[0])
     if config is None:
-        config, _ = choose_config(
-            m, packed.shape[0], rows.shape[1], groups=scale.shape[0], rank=0 if b is None else b.shape[1]
-        )
+        problem = {"groups": scale.shape[0], "rank": 0 if a is None else b.shape[1], "paired": activation is not None}
+        config, _ = choose_config(m, packed.shape[0], rows.shape[1], **problem)
     y = int4_matmul_hopper(
-        rows, packed, scale, zero, bias, b, z, config=config, out_dtype=out_dtype, interpret=interpret
+        *(rows, packed, scale, zero, bias, b, z, a, a_scale),
+        config=config,
+        out_dtype=out_dtype,
+        activation=activation,
+        interpret=interpret,
     )
-    return y[:, :n].reshape(*batch, n)
+    return y[:, : n if activation is None else n // 2].reshape(*batch, -1)
+
+
+def _projects_along(m: int, compensator: Compensator) -> bool:
+    """Say whether the product itself can compute the coordinates of a compensator."""
+    return (
+        m <= MOST_PROJECTED_ROWS
+        and compensator.gate is None
+        and compensator.a_fragments is not None
+        and compensator.b is not None
+        and compensator.b.dtype in (jnp.int8, jnp.bfloat16)
+    )
+
+
+def _product(one: Float[Array, " R"] | None, other: Float[Array, " R"] | None) -> Float32[Array, " R"] | None:
+    if one is None or other is None:
+        one = other if one is None else one
+        return None if one is None else one.astype(jnp.float32)
+    return one.astype(jnp.float32) * other.astype(jnp.float32)
 
 
 def _pad_and_reorder(x, packed, scale, zero, bias) -> tuple:
@@ -106,10 +139,11 @@ def _coordinates(
     x: Float[Array, "M K"], compensator: Compensator, interpret: plgpu.InterpretGPUParams | bool
 ) -> Float[Array, "M R"]:
     """Compute the gated coordinates, `A x` by a kernel of its own where there are few rows of x."""
-    gate, rank = compensator.gate, compensator.a.shape[0]
+    gate, rank = compensator.gate, compensator.rank
     if x.shape[0] > MOST_ROWS or x.shape[1] % SIDE or (gate is not None and gate.probe is not None):
         return compensator_coordinates(x, compensator)
-    a = compensator.a if compensator.a.dtype == jnp.int8 else compensator.a.astype(jnp.bfloat16)
+    a = compensator.rows_of_a()
+    a = a if a.dtype == jnp.int8 else a.astype(jnp.bfloat16)
     scale = None if compensator.a_scale is None else compensator.a_scale.astype(jnp.float32)
     more = -rank % _PROJECTED_RANKS
     if more:
@@ -134,18 +168,22 @@ def _low_rank(
 
 
 def choose_config(
-    m: int, n: int, k: int, *, groups: int = 1, rank: int = 0, device: str | None = None
+    m: int, n: int, k: int, *, groups: int = 1, rank: int = 0, paired: bool = False, device: str | None = None
 ) -> tuple[HopperConfig, Literal["tuned", "rule"]]:
     """Give the configuration tuned for a device and shape, or what a rule of thumb makes of it; and which it is.
 
-    `device` is a folder of `tuned/`; by default that of this process's first device.
+    `rank` is that of a compensator whose coordinates the product computes, 0 for none; `paired` says that it ends with
+    an activation. `device` is a folder of `tuned/`; by default that of this process's first device.
 
     Raises:
         NotImplementedError: No configuration fits the shape.
     """
+    shape = Shape(n=n, k=k, groups=groups, rank=rank, paired=paired)
     key = {"tile_m": tile_rows(m), "n": n, "k": k, "groups": groups, "rank": rank}
     tuned = tuning.lookup("int4_matmul", key, device=device)
-    return (_rule_of_thumb(m, n, k, groups), "rule") if tuned is None else (HopperConfig(**tuned), "tuned")
+    if tuned is not None and shape.fits(config := HopperConfig(**tuned)):
+        return config, "tuned"
+    return _rule_of_thumb(m, shape), "rule"
 
 
 def tile_rows(m: int) -> int:
@@ -153,70 +191,87 @@ def tile_rows(m: int) -> int:
     return next((tile for tile in _TILES_M if tile >= m), _TILES_M[-1])
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What a product's configuration must fit: a weight [n, k] in groups, and what goes on beside it.
+
+    `rank` and `paired` are as for `choose_config`.
+    """
+
+    n: int
+    k: int
+    groups: int = 1
+    rank: int = 0
+    paired: bool = False
+
+    def fits(self, config: HopperConfig) -> bool:
+        """Say whether the product can be cut up so, and has shared memory enough."""
+        try:
+            config.check(n=self.n, k=self.k, groups=self.groups, projected=self.rank > 0, paired=self.paired)
+        except NotImplementedError:
+            return False
+        tiles = config.row_tiles + (self.rank > 0)
+        if config.tile_m < RATIONED_ROWS:
+            registers = thread_registers(tiles * config.k_parts + 1)
+            if config.tile_m // 2 + _BLOCK_REGISTERS * config.blocks + _OTHER_REGISTERS > registers:
+                return False
+        step = SIDE * config.blocks
+        steps = self.k // SIDE // config.parts // config.blocks
+        slot = config.tile_m * step * 2 + config.row_tiles * SIDE * step // 2 + self.rank * step
+        ring = config.k_parts * min(config.slots, steps) * slot
+        share = config.tile_m // config.reducers
+        sums = config.parts * tiles * SIDE * share * 4 if config.parts > 1 else 0
+        result = config.row_tiles * share * SIDE * 2
+        return ring + sums + result + _SPARE_BYTES <= SHARED_BYTES
+
+
 @functools.cache
-def _rule_of_thumb(m: int, n: int, k: int, groups: int) -> HopperConfig:
-    fitting = candidates(tile_rows(m), n, k, groups=groups)
+def _rule_of_thumb(m: int, shape: Shape) -> HopperConfig:
+    fitting = candidates(tile_rows(m), shape)
     if not fitting:
-        raise NotImplementedError(f"no configuration fits a weight [{n}, {k}] with {groups} groups")
-    return rank_by_rule(fitting, m, n, k)[0]
+        raise NotImplementedError(f"no configuration fits a weight [{shape.n}, {shape.k}] with {shape.groups} groups")
+    return rank_by_rule(fitting, m, shape)[0]
 
 
-def rank_by_rule(configs: list[HopperConfig], m: int, n: int, k: int) -> list[HopperConfig]:
+def rank_by_rule(configs: list[HopperConfig], m: int, shape: Shape) -> list[HopperConfig]:
     """Sort configurations by what they should take, the best first: a guess from how evenly work is spread."""
 
     def cost(config: HopperConfig) -> tuple:
-        blocks = -(-m // config.tile_m) * n // SIDE // config.row_tiles * config.splits
+        blocks = -(-m // config.tile_m) * shape.n // SIDE // config.row_tiles * config.splits
         waves = -(-blocks // _RESIDENT[config.splits])
         # A warpgroup waits more than it computes, so that up to four of them take no longer than one.
-        work = _WARPGROUPS * (k // SIDE // config.parts)
+        work = _WARPGROUPS * (shape.k // SIDE // config.parts)
         return waves * (work + _WAVE_COST), config.splits, -config.row_tiles, -config.blocks
 
     return sorted(configs, key=cost)
 
 
-def candidates(tile_m: int, n: int, k: int, *, groups: int = 1) -> list[HopperConfig]:
+def candidates(tile_m: int, shape: Shape) -> list[HopperConfig]:
     """List the configurations that fit a shape, for tuning."""
     found = []
     large = tile_m >= 128
     for row_tiles in (1, 2, 3, 4):
         for k_parts in (1,) if large else (1, 2, 4):
             for splits in (1, 2, 4) if large else (1, 2, 4, 8):
-                for blocks in (1,) if groups > 1 else (1, 2):
+                for blocks in (1,) if shape.groups > 1 else (1, 2):
                     if row_tiles * k_parts > (2 if large else _WARPGROUPS):
                         continue
                     config = HopperConfig(
                         tile_m=tile_m, row_tiles=row_tiles, k_parts=k_parts, splits=splits, blocks=blocks, slots=2
                     )
-                    if _fits(config, n, k, groups):
-                        found.append(_deepest(config, n, k, groups))
+                    if shape.fits(config):
+                        found.append(_deepest(config, shape))
     return found
 
 
-def _deepest(config: HopperConfig, n: int, k: int, groups: int) -> HopperConfig:
+def _deepest(config: HopperConfig, shape: Shape) -> HopperConfig:
     """Give a configuration as many slots as fit, up to `_MOST_SLOTS`."""
     more = (dataclasses.replace(config, slots=slots) for slots in range(_MOST_SLOTS, config.slots, -1))
-    return next((other for other in more if _fits(other, n, k, groups)), config)
+    return next((other for other in more if shape.fits(other)), config)
 
 
-def variants(config: HopperConfig, n: int, k: int, *, groups: int = 1) -> list[HopperConfig]:
+def variants(config: HopperConfig, shape: Shape) -> list[HopperConfig]:
     """List the configurations that cut a shape up like `config` but pace their work differently, for tuning."""
     paces = [(blocks, behind, slots) for blocks in (1, 2) for behind in (0, 1) for slots in (4, 6, 8, 12, 16)]
-    found = [
-        dataclasses.replace(config, blocks=blocks, behind=behind, slots=slots) for blocks, behind, slots in paces
-    ]
-    return [other for other in found if other != config and _fits(other, n, k, groups)]
-
-
-def _fits(config: HopperConfig, n: int, k: int, groups: int) -> bool:
-    try:
-        config.check(n=n, k=k, groups=groups)
-    except NotImplementedError:
-        return False
-    step = SIDE * config.blocks
-    steps = k // SIDE // config.parts // config.blocks
-    slot = config.tile_m * step * 2 + config.row_tiles * SIDE * step // 2
-    ring = config.k_parts * min(config.slots, steps) * slot
-    share = config.tile_m // config.reducers
-    sums = config.parts * config.row_tiles * SIDE * share * 4 if config.parts > 1 else 0
-    result = config.row_tiles * share * SIDE * 2
-    return ring + sums + result + _SPARE_BYTES <= SHARED_BYTES
+    found = [dataclasses.replace(config, blocks=blocks, behind=behind, slots=slots) for blocks, behind, slots in paces]
+    return [other for other in found if other != config and shape.fits(other)]

@@ -6,24 +6,36 @@ registers that wgmma reads. Codes and x come into shared memory by TMA, which on
 not be shared, but there more of them can be under way than registers hold. K may be split over `k_parts` warpgroups
 of a block and over the `splits` blocks of a cluster; partial sums meet in shared memory of the cluster, each block
 summing its share of the rows of x in fixed order, so that results do not depend on timing.
+
+The coordinates `z = A x` of a compensator are one more tile of rows, of a warpgroup of its own in each part of K: the
+blocks of a row of clusters all compute them, which costs reading A from the second-level cache, and no launch.
 """
 
 import dataclasses
 import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float, Int8, Shaped
+from jaxtyping import Array, BFloat16, Float, Float32, Int8, Shaped
 
 from pallas_kernels.hopper import WGMMA, Accumulator, feed_and_compute, hold, row_values, shared_tile
-from pallas_kernels.int4_matmul.fragments import CODE_BYTES, CODE_ROWS, read_words, unpack_words
-from pallas_kernels.packing import SIDE
+from pallas_kernels.int4_matmul.fragments import CODE_BYTES, CODE_ROWS, read_factor, read_words, unpack_words
+from pallas_kernels.packing import RANK_STEP, SIDE
 
 _FEEDER_REGISTERS = 40
+RATIONED_ROWS = 128
+"""Rows of x in a tile from which on the computing warpgroups get registers of the feeding one."""
+
+_PAIRED_COLUMNS = 32
+_WARPGROUP = 128
+_MOST_THREADS = 1024
+MOST_PROJECTED_ROWS = 64
+"""Rows of x up to which a product computes the coordinates of its compensator itself."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,8 +58,17 @@ class HopperConfig:
     behind: int = 0
     overlap: bool = True
 
-    def check(self, *, n: int, k: int, groups: int) -> None:
-        """Raise NotImplementedError where a weight [n, k] with so many groups of columns cannot be cut up like this."""
+    def check(self, *, n: int, k: int, groups: int, projected: bool = False, paired: bool = False) -> None:
+        """Raise NotImplementedError where a weight [n, k] with so many groups of columns cannot be cut up like this.
+
+        `projected` says that coordinates are computed along with the product, `paired` that tiles belong together.
+        """
+        if (self.row_tiles + projected) * self.k_parts * _WARPGROUP + _WARPGROUP > _MOST_THREADS:
+            raise NotImplementedError(f"{self.row_tiles} tiles x {self.k_parts} parts take more than 1,024 threads")
+        if projected and self.tile_m > MOST_PROJECTED_ROWS:
+            raise NotImplementedError(f"coordinates are for up to {MOST_PROJECTED_ROWS} rows, got {self.tile_m}")
+        if paired and self.row_tiles % 2:
+            raise NotImplementedError(f"paired tiles go two by two into a block, got row_tiles={self.row_tiles}")
         if self.tile_m % 8 or not 8 <= self.tile_m <= 256:
             raise NotImplementedError(f"tile_m must be a multiple of 8 up to 256, got {self.tile_m}")
         if self.behind not in (0, 1) or self.slots <= self.behind:
@@ -80,24 +101,42 @@ def int4_matmul_hopper(
     bias: Float[Array, " N"] | None,
     b: Shaped[Array, "N R"] | None,
     z: BFloat16[Array, "M R"] | None,
+    a: Int8[Array, "L 128"] | None = None,
+    a_scale: Float32[Array, " R"] | None = None,
     *,
     config: HopperConfig,
     out_dtype: jnp.dtype,
+    activation: Literal["silu"] | None = None,
     interpret: plgpu.InterpretGPUParams | bool = False,
 ) -> Float[Array, "M N"]:
     """Compute `x W^T + bias + z b^T`, W in the order of `to_fragments`; R a multiple of 16.
 
+    Coordinates are given as `z`, or computed as `a_scale * (A x)` from `a` in the order of `factor_to_fragments`. With
+    an activation, tiles of 64 output channels belong together two by two, and the result is [M, N / 2]:
+    `activation(even tile) * odd tile`.
     The last block of rows of x may reach beyond M: the copy engine fills it with zeros and stores what is inside.
 
     Raises:
         NotImplementedError: The shapes cannot be cut up as `config` says.
     """
     (m, k), n = x.shape, packed.shape[0]
-    config.check(n=n, k=k, groups=scale.shape[0])
-    assert b is None or b.shape[1] % 16 == 0
-    optional = {"zero": zero, "bias": bias, "b": b, "z": z}
+    config.check(n=n, k=k, groups=scale.shape[0], projected=a is not None, paired=activation is not None)
+    assert b is None or (b.shape[1] % RANK_STEP == 0 and (a is None) != (z is None))
+    if a_scale is not None:
+        a_scale = jnp.pad(a_scale, (0, SIDE - a_scale.shape[0]))
+    optional = {"zero": zero, "bias": bias, "b": b, "z": z, "a": a, "a_scale": a_scale}
     given = {name: operand for name, operand in optional.items() if operand is not None}
-    kernel = _Kernel(config, n=n, k=k, groups=scale.shape[0], out_dtype=out_dtype, interpret=bool(interpret))
+    kernel = _Kernel(
+        config,
+        n=n,
+        k=k,
+        groups=scale.shape[0],
+        rank=0 if b is None else b.shape[1],
+        projected=a is not None,
+        paired=activation is not None,
+        out_dtype=out_dtype,
+        interpret=bool(interpret),
+    )
     shared = kernel.scratch(scale, zero, b)
 
     def int4_matmul(packed, scale, x, *rest):
@@ -106,12 +145,12 @@ def int4_matmul_hopper(
 
     run = plgpu.kernel(
         int4_matmul,
-        out_type=jax.ShapeDtypeStruct((m, n), out_dtype),
+        out_type=jax.ShapeDtypeStruct((m, n if activation is None else n // 2), out_dtype),
         grid=(n // (SIDE * config.row_tiles), -(-m // config.tile_m)),
         grid_names=("n", "m"),
         cluster=(config.splits,),
         cluster_names=("split",),
-        num_threads=config.row_tiles * config.k_parts + 1,
+        num_threads=kernel.tiles * config.k_parts + 1,
         thread_name="warpgroup",
         scratch_types=list(shared.values()),
         interpret=interpret,
@@ -127,8 +166,16 @@ class _Kernel:
     n: int
     k: int
     groups: int
+    rank: int
+    projected: bool
+    paired: bool
     out_dtype: jnp.dtype
     interpret: bool
+
+    @property
+    def tiles(self) -> int:
+        """Warpgroups that compute for a part of K: tiles of output channels, and one of coordinates."""
+        return self.config.row_tiles + self.projected
 
     @property
     def part_blocks(self) -> int:
@@ -170,13 +217,20 @@ class _Kernel:
         shapes = {
             "code_ring": plgpu.SMEM(codes, jnp.int8),
             "x_ring": shared_tile((config.k_parts, self.slots, tile_m, step), jnp.bfloat16, row=chunk * 2),
-            "full": plgpu.Barrier(num_arrivals=2 + (self.groups > 1) * (1 if zero is None else 2), num_barriers=rings),
-            "empty": plgpu.Barrier(num_arrivals=config.row_tiles, num_barriers=rings),
-            "y_tile": shared_tile((config.row_tiles, share, SIDE), self.out_dtype, row=128),
+            "full": plgpu.Barrier(
+                num_arrivals=2 + self.projected + (self.groups > 1) * (1 if zero is None else 2), num_barriers=rings
+            ),
+            "empty": plgpu.Barrier(num_arrivals=self.tiles, num_barriers=rings),
+            "y_tile": shared_tile((config.row_tiles // (1 + self.paired), share, SIDE), self.out_dtype, row=128),
         }
         if config.parts > 1:
-            shapes["sums"] = shared_tile((config.parts, config.row_tiles, SIDE, share), jnp.float32, row=share * 4)
-            shapes["sums_full"] = plgpu.Barrier(num_arrivals=config.parts, num_barriers=config.row_tiles)
+            shapes["sums"] = shared_tile((config.parts, self.tiles, SIDE, share), jnp.float32, row=share * 4)
+            shapes["sums_full"] = plgpu.Barrier(num_arrivals=config.parts, num_barriers=self.tiles)
+        if self.paired:
+            pairs = config.row_tiles // 2
+            # In float32 a large tile would take the room of two slots.
+            shapes["odd_tile"] = shared_tile((pairs, SIDE, share), jnp.float32 if share <= SIDE else jnp.bfloat16)
+            shapes["odd_full"] = plgpu.Barrier(num_barriers=pairs)
         if self.groups > 1:
             values = (config.k_parts, self.slots, self.pieces, SIDE * config.row_tiles)
             shapes["scale_ring"] = plgpu.SMEM(values, scale.dtype)
@@ -185,14 +239,19 @@ class _Kernel:
         if b is not None:
             rank = b.shape[1]
             shapes["b_tile"] = plgpu.SMEM((SIDE * config.row_tiles, rank), b.dtype)
-            shapes["z_tile"] = shared_tile((tile_m, rank), jnp.bfloat16, row=rank * 2)
-            shapes["z_full"] = plgpu.Barrier(num_arrivals=2)
+            shapes["b_full"] = plgpu.Barrier()
+            z_shape = (share, SIDE) if self.projected else (tile_m, rank)
+            shapes["z_tile"] = shared_tile(z_shape, jnp.bfloat16, row=rank * 2)
+            shapes["z_full"] = plgpu.Barrier()
+        if self.projected:
+            lines = config.blocks * self.rank * SIDE // CODE_BYTES
+            shapes["a_ring"] = plgpu.SMEM((config.k_parts, self.slots, lines, CODE_BYTES), jnp.int8)
         return shapes
 
     def __call__(self, **refs) -> None:
-        compute = self.config.row_tiles * self.config.k_parts
+        compute = self.tiles * self.config.k_parts
         # Large tiles take more registers than an even share; one warpgroup alone has as many as a thread can have.
-        rationed = not self.interpret and self.config.tile_m >= 128 and compute > 1
+        rationed = not self.interpret and self.config.tile_m >= RATIONED_ROWS and compute > 1
         feed_and_compute(
             functools.partial(self._feed, **refs),
             functools.partial(self._compute, **refs),
@@ -200,7 +259,9 @@ class _Kernel:
             feeder=_FEEDER_REGISTERS if rationed else None,
         )
 
-    def _feed(self, *, x, packed, x_ring, code_ring, full, empty, scale, zero=None, b=None, z=None, **refs) -> None:
+    def _feed(
+        self, *, x, packed, x_ring, code_ring, full, empty, scale, zero=None, a=None, b=None, z=None, **refs
+    ) -> None:
         """Bring codes, x and groups' values into shared memory, step by step for each part of K."""
         config = self.config
         first_tile = lax.axis_index("n") * config.row_tiles
@@ -214,6 +275,11 @@ class _Kernel:
             barrier = full.at[part * self.slots + slot]
             tiles, lines = pl.ds(first_tile, config.row_tiles), pl.ds(block(i, part) * CODE_ROWS, code_ring.shape[3])
             plgpu.copy_gmem_to_smem(packed.at[tiles, lines], code_ring.at[part, slot], barrier)
+            if a is not None:
+                a_ring = refs["a_ring"]
+                count = a_ring.shape[2]
+                lines = pl.ds(block(i, part) * (count // config.blocks), count)
+                plgpu.copy_gmem_to_smem(a.at[lines], a_ring.at[part, slot], barrier)
             if self.groups > 1:
                 groups = pl.ds(block(i, part) * SIDE * self.groups // self.k, self.pieces)
                 plgpu.copy_gmem_to_smem(scale.at[groups, channels], refs["scale_ring"].at[part, slot], barrier)
@@ -228,7 +294,7 @@ class _Kernel:
             for part in range(config.k_parts):
                 copy_weights(i, part, i)
         if b is not None:
-            plgpu.copy_gmem_to_smem(b.at[channels], refs["b_tile"], refs["z_full"])
+            plgpu.copy_gmem_to_smem(b.at[channels], refs["b_tile"], refs["b_full"])
         if self.overlap:  # what comes next may be of the kernel before
             plgpu.griddepcontrol_wait()
         for i in range(self.slots):
@@ -248,12 +314,52 @@ class _Kernel:
         for at in range(config.k_parts * self.slots):
             plgpu.barrier_wait(empty.at[at])
         if b is not None:  # a block that sums nothing does not use it, but may not end before it has come
+            plgpu.barrier_wait(refs["b_full"])
+        if z is not None:
             plgpu.barrier_wait(refs["z_full"])
 
-    def _compute(self, warpgroup, *, scale, code_ring, x_ring, full, empty, zero=None, **refs) -> None:
+    def _compute(self, warpgroup, **refs) -> None:
+        k_part, tile = warpgroup // self.tiles, warpgroup % self.tiles
+        if not self.projected:
+            self._multiply(k_part, tile, **refs)
+            return
+        coordinates = tile == self.config.row_tiles
+        pl.when(coordinates)(lambda: self._project(k_part, **refs))
+        pl.when(~coordinates)(lambda: self._multiply(k_part, tile, **refs))
+
+    def _project(self, k_part, *, x_ring, a_ring, full, empty, a_scale=None, z_tile, z_full, **refs) -> None:
+        """Multiply A with a part of K and bring the parts together, for the other warpgroups to multiply with B."""
+        config = self.config
+
+        def run(acc):
+            def step(i, _):
+                slot = lax.rem(i, jnp.int32(self.slots))
+                place = k_part * self.slots + slot
+                plgpu.barrier_wait(full.at[place])
+                factor = read_factor(a_ring.at[k_part, slot], config.blocks, self.rank, interpret=self.interpret)
+                plgpu.wgmma(acc, factor, x_ring.at[k_part, slot].T)
+                plgpu.wgmma_wait(0)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(empty.at[place])
+
+            lax.fori_loop(0, self.steps, step, None)
+            return hold(acc[...], interpret=self.interpret)
+
+        def finish(z, _):
+            if a_scale is not None:
+                z = z * lax.broadcast_in_dim(row_values(a_scale), z.shape, (0,))
+            z_tile.T[...] = plgpu.layout_cast(z.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(z_full)
+
+        z = pl.run_scoped(run, Accumulator((SIDE, config.tile_m), jnp.float32))
+        if self.overlap:
+            plgpu.griddepcontrol_launch_dependents()
+        self._reduce(z, finish, k_part=k_part, row_tile=config.row_tiles, **refs)
+
+    def _multiply(self, k_part, row_tile, *, scale, code_ring, x_ring, full, empty, zero=None, **refs) -> None:
         """Multiply the codes of a tile of 64 output channels with a part of K."""
         config = self.config
-        k_part, row_tile = warpgroup // config.row_tiles, warpgroup % config.row_tiles
         tile = lax.axis_index("n") * config.row_tiles + row_tile
         rows = pl.ds(tile * SIDE, SIDE)
 
@@ -312,8 +418,8 @@ class _Kernel:
             y = run(None)
         if self.overlap:
             plgpu.griddepcontrol_launch_dependents()
-        part = lax.axis_index("split") * config.k_parts + k_part
-        self._reduce(y, k_part=k_part, part=part, row_tile=row_tile, tile=tile, row_scale=row_scale, **refs)
+        finish = functools.partial(self._finish, row_tile=row_tile, tile=tile, row_scale=row_scale, **refs)
+        self._reduce(y, finish, k_part=k_part, row_tile=row_tile, **refs)
 
     def _zeros(self) -> jax.Array:
         return jnp.zeros((SIDE, self.config.tile_m), jnp.float32)
@@ -333,10 +439,10 @@ class _Kernel:
             jnp.add, [part * lax.broadcast_in_dim(scale, shape, (0,)) for part, scale in zip(sums, scales, strict=True)]
         )
 
-    def _reduce(self, y, *, k_part, part, row_tile, **refs) -> None:
-        """Bring the partial sums of a tile together and store it."""
+    def _reduce(self, y, finish, *, k_part, row_tile, **refs) -> None:
+        """Bring the partial sums of a tile together and finish it."""
         config = self.config
-        finish = functools.partial(self._finish, row_tile=row_tile, **refs)
+        part = lax.axis_index("split") * config.k_parts + k_part
         if config.parts == 1:
             finish(y, 0)
             return
@@ -360,7 +466,7 @@ class _Kernel:
                 total = total + plgpu.load(sums.at[i, row_tile], layout=WGMMA)
             finish(total, split * share if config.reducers > 1 else 0)
 
-    def _finish(self, y, first, *, row_tile, tile, row_scale, out, y_tile, bias=None, b=None, **refs) -> None:
+    def _finish(self, y, first, *, row_tile, tile, row_scale, bias=None, b=None, **refs) -> None:
         """Scale, add bias and low-rank term, and store the columns of y that are rows `first` on of the tile's x."""
         rows = pl.ds(tile * SIDE, SIDE)
         if row_scale is not None:
@@ -369,17 +475,46 @@ class _Kernel:
             y = y + lax.broadcast_in_dim(row_values(bias.at[rows]).astype(jnp.float32), y.shape, (0,))
         if b is not None:
             y = self._add_low_rank(y, first, row_tile, **refs)
-        y_tile.at[row_tile].T[...] = plgpu.layout_cast(y.astype(self.out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+        if not self.paired:
+            self._store(y, first, row_tile, tile, **refs)
+            return
+        odd_tile, odd_full = refs["odd_tile"].at[row_tile // 2], refs["odd_full"].at[row_tile // 2]
+
+        @pl.when(row_tile % 2 == 1)
+        def _():
+            odd_tile[...] = y.astype(odd_tile.dtype)
+            plgpu.barrier_arrive(odd_full)
+
+        @pl.when(row_tile % 2 == 0)
+        def _():
+            plgpu.barrier_wait(odd_full)
+            self._store(y, first, row_tile // 2, tile // 2, **refs | {"odd_tile": odd_tile})
+
+    def _store(self, y, first, row_tile, tile, *, out, y_tile, odd_tile=None, **_) -> None:
+        rows = pl.ds(tile * SIDE, SIDE)
+        # A few columns at a time: registers do not hold both tiles of a pair.
+        count = y.shape[1] if odd_tile is None else min(y.shape[1], _PAIRED_COLUMNS)
+        for i in range(0, y.shape[1], count):
+            piece = y[:, i : i + count]
+            if odd_tile is not None:
+                odd = plgpu.load(odd_tile.at[:, pl.ds(i, count)], layout=WGMMA).astype(jnp.float32)
+                piece = piece / (1 + jnp.exp(-piece)) * odd
+            piece = plgpu.layout_cast(piece.astype(self.out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            y_tile.at[row_tile, pl.ds(i, count)].T[...] = piece
         plgpu.commit_smem()
         place = lax.axis_index("m") * self.config.tile_m + first
         plgpu.copy_smem_to_gmem(y_tile.at[row_tile], out.at[pl.ds(place, y.shape[1]), rows])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def _add_low_rank(self, y, first, row_tile, *, b_tile, z_tile, z_full, **_) -> jax.Array:
+    def _add_low_rank(self, y, first, row_tile, *, b_tile, b_full, z_tile, z_full, **_) -> jax.Array:
+        plgpu.barrier_wait(b_full)
         plgpu.barrier_wait(z_full)
         factor = plgpu.load(b_tile.at[pl.ds(row_tile * SIDE, SIDE)], layout=WGMMA, optimized=False)
         factor = factor.astype(jnp.bfloat16)
-        z = z_tile if y.shape[1] == self.config.tile_m else z_tile.at[pl.ds(first, y.shape[1])]
+        if self.projected:
+            z = z_tile.at[:, pl.ds(0, self.rank)]
+        else:
+            z = z_tile if y.shape[1] == self.config.tile_m else z_tile.at[pl.ds(first, y.shape[1])]
 
         def product(acc):
             acc[...] = y

@@ -6,6 +6,11 @@ from typing import Any, Literal
 
 import jax
 
+from pallas_kernels.packing import factor_from_fragments
+
+Activation = Literal["silu"]
+"""What a product may end with: `silu(even) * odd` of its output channels, which alternate in blocks of 64."""
+
 Layout = Literal["rows", "fragments"]
 """Order of the codes of a weight: packed row by row, or as a Hopper warpgroup reads them (`fragments`)."""
 
@@ -50,14 +55,25 @@ class Gate:
 class Compensator:
     """A gated low-rank term `B (g(z) * z)` with `z = A x` that is added to a quantized product.
 
-    Shapes: a [R, K]; bt [R, N], the transpose of B, so that rank is the leading axis of both, or in its place b [N, R],
-    which is how the GPU kernel reads it. Each is floating, or int8 with one float scale per rank coordinate ([R]).
+    Shapes: a [R, K]; bt [R, N], the transpose of B, so that rank is the leading axis of both. The GPU kernel reads
+    other forms, which may stand in their places: a_fragments, int8 `a` as `packing.factor_to_fragments` orders it, and
+    b [N, R]. Each factor is floating, or int8 with one float scale per rank coordinate ([R]).
     `gate` None means `g = 1`: a static low-rank term.
     """
 
-    a: Any
+    a: Any = None
+    a_fragments: Any = None
     bt: Any = None
     b: Any = None
     a_scale: Any = None
     bt_scale: Any = None
     gate: Gate | None = None
+
+    @property
+    def rank(self) -> int:
+        """Coordinates, R."""
+        return self.b.shape[1] if self.bt is None else self.bt.shape[0]
+
+    def rows_of_a(self) -> Any:
+        """Give A as [R, K], whichever form it is kept in."""
+        return factor_from_fragments(self.a_fragments, rank=self.rank) if self.a is None else self.a

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from pallas_kernels.int4_matmul.operands import Compensator, Gate, Layout
-from pallas_kernels.packing import from_fragments, unpack_int4
+from pallas_kernels.int4_matmul.operands import Activation, Compensator, Gate, Layout
+from pallas_kernels.packing import SIDE, from_fragments, unpack_int4
 
 _TINY_POWER = 1e-12
 """Mean square of x below which its logarithm is cut off."""
@@ -32,7 +32,7 @@ def dequantize(
 
 def compensator_coordinates(x: Float[Array, "*B K"], compensator: Compensator) -> Float[Array, "*B R"]:
     """Compute the gated low-rank coordinates, `g(z) * z` with `z = A x`, in float32 (SPEAR, section 2)."""
-    z = _project(x, compensator.a, compensator.a_scale)
+    z = _project(x, compensator.rows_of_a(), compensator.a_scale)
     gate = compensator.gate
     if gate is None:
         return z
@@ -77,6 +77,7 @@ def int4_matmul_xla(
     out_dtype: jnp.dtype,
     *,
     layout: Layout = "rows",
+    activation: Activation | None = None,
 ) -> Float[Array, "*B N"]:
     """Compute what `int4_matmul` documents: products of x's dtype, sums and epilogue in float32."""
     if layout == "fragments":
@@ -93,6 +94,9 @@ def int4_matmul_xla(
         if z is None:
             z = compensator_coordinates(x, compensator)
         y = y + low_rank_output(z, compensator)
+    if activation is not None:
+        pairs = y.reshape(*y.shape[:-1], -1, 2, SIDE)
+        y = (jax.nn.silu(pairs[..., 0, :]) * pairs[..., 1, :]).reshape(*y.shape[:-1], -1)
     return y.astype(out_dtype)
 
 

@@ -111,9 +111,11 @@ class Layer(nnx.Module):
             attended, cache = attend(q, k, v, cache, layer=layer, window=window, scale=config.scale)
             x = add(x, apply("o", attended.reshape(*x.shape[:2], -1)), self.attn_out_norm)
         with jax.named_scope("mlp"):
-            gate, up = jnp.split(apply("gate_up", self.mlp_norm(x)), 2, axis=-1)
-            activation = jax.nn.silu if config.activation == "silu" else _gelu_tanh
-            x = add(x, apply("down", activation(gate) * up), self.mlp_out_norm)
+            gated = apply("gate_up", self.mlp_norm(x))
+            if self.gate_up.activation is None:
+                gate, up = jnp.split(gated, 2, axis=-1)
+                gated = (jax.nn.silu if config.activation == "silu" else _gelu_tanh)(gate) * up
+            x = add(x, apply("down", gated), self.mlp_out_norm)
         return x, cache
 
 

@@ -5,23 +5,32 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels.int4_matmul import Compensator, compensator_coordinates, int4_matmul, low_rank_output
+from pallas_kernels.int4_matmul import Activation, Compensator, compensator_coordinates, int4_matmul, low_rank_output
 from spear_jax.quant.qtensor import QuantTensor
 
 
 class Linear(nnx.Module):
-    """`y = x W^T + bias`, with W [N, K] dense or a `QuantTensor`, and an optional error compensator."""
+    """`y = x W^T + bias`, with W [N, K] dense or a `QuantTensor`, and an optional error compensator.
 
-    def __init__(self, weight: Array | QuantTensor, bias: Array | None = None) -> None:
+    With an `activation`, which takes a `QuantTensor`, channels alternate in blocks of 64 and `silu(even) * odd` is
+    given: half as many.
+    """
+
+    def __init__(
+        self, weight: Array | QuantTensor, bias: Array | None = None, *, activation: Activation | None = None
+    ) -> None:
+        assert activation is None or isinstance(weight, QuantTensor)
         self.weight = weight if isinstance(weight, QuantTensor) else nnx.Param(weight)
         self.bias = None if bias is None else nnx.Param(bias)
+        self.activation: Activation | None = activation
 
     def __call__(self, x: Float[Array, "*B K"], *, compensator: Compensator | None = None) -> Float[Array, "*B N"]:
         """Apply the layer; sums and epilogue in float32, the result in x's type."""
         bias = None if self.bias is None else self.bias[...]
         if isinstance(self.weight, QuantTensor):
             w = self.weight
-            return int4_matmul(x, w.packed, w.scale, zero=w.zero, bias=bias, compensator=compensator, layout=w.layout)
+            options = {"layout": w.layout, "activation": self.activation}
+            return int4_matmul(x, w.packed, w.scale, zero=w.zero, bias=bias, compensator=compensator, **options)
         y = jnp.einsum("...k,nk->...n", x, self.weight[...], preferred_element_type=jnp.float32)
         if bias is not None:
             y = y + bias.astype(jnp.float32)

@@ -36,11 +36,13 @@ def product(problem: dict[str, Any]):
         "zero": array((groups, n), jnp.int8) if problem["zero"] else None,
         "bias": array((n,), BF16) if problem["bias"] else None,
         "b": array((n, rank), jnp.int8) if rank else None,
-        "z": array((m, rank), BF16) if rank else None,
+        "z": array((m, rank), BF16) if rank and not problem["projected"] else None,
     }
+    if problem["projected"]:
+        operands |= {"a": array((k * rank // 128, 128), jnp.int8), "a_scale": array((rank,), jnp.float32)}
 
     def run(operands):
-        return int4_matmul_hopper(**operands, config=config, out_dtype=BF16)
+        return int4_matmul_hopper(**operands, config=config, out_dtype=BF16, activation=problem["activation"])
 
     return run, operands
 

@@ -44,11 +44,14 @@ def test_a_quantized_model_compiles_with_weights_packed(kind: str):
     assert memory.argument_size_in_bytes < 1.5 * stored + 2**20
 
 
-def product(m: int, n: int, k: int, *, group: int = -1, rank: int = 0, zero=False, bias=False, **config) -> dict:
+def product(m: int, n: int, k: int, *, group: int = -1, rank: int = 0, **options) -> dict:
+    """Describe a product; `options` are further operands and epilogues, and fields of a configuration."""
     groups = 1 if group == -1 else k // group
-    HopperConfig(**config).check(n=n, k=k, groups=groups)
-    shape = {"m": m, "n": n, "k": k, "groups": groups, "rank": rank, "zero": zero, "bias": bias}
-    return {"kind": "product", "config": config, **shape}
+    beside = {"zero": False, "bias": False, "projected": False, "activation": None}
+    beside = {name: options.pop(name, default) for name, default in beside.items()}
+    paired = beside["activation"] is not None
+    HopperConfig(**options).check(n=n, k=k, groups=groups, projected=beside["projected"], paired=paired)
+    return {"kind": "product", "config": options, "m": m, "n": n, "k": k, "groups": groups, "rank": rank, **beside}
 
 
 def tuned() -> dict[str, dict]:
@@ -62,18 +65,27 @@ def tuned() -> dict[str, dict]:
 
 
 FULL: dict[str, Any] = {"zero": True, "bias": True, "rank": 16}
+ALONG: dict[str, Any] = {"rank": 16, "projected": True}
 PRODUCTS = tuned() | {
     "rank 16": product(16, 4096, 4096, rank=16, tile_m=16, k_parts=4, splits=2),
     "rank 16, bias": product(16, 4096, 4096, rank=16, bias=True, tile_m=16, k_parts=4),
+    "coordinates along": product(16, 4096, 4096, **ALONG, tile_m=16, row_tiles=2, k_parts=2, splits=4),
+    "coordinates along, one row": product(1, 4096, 14336, **ALONG, tile_m=8, row_tiles=4, splits=8),
+    "coordinates along, silu": product(16, 28672, 4096, **ALONG, activation="silu", tile_m=16, row_tiles=4),
+    "coordinates along, silu, 64 rows": product(
+        64, 28672, 4096, **ALONG, activation="silu", tile_m=64, row_tiles=4, blocks=1, slots=6
+    ),
+    "rank 64 along, groups of 128": product(
+        32, 4096, 4096, rank=64, projected=True, group=128, tile_m=32, row_tiles=2, splits=2, slots=3
+    ),
+    "silu, 256 rows": product(512, 28672, 4096, activation="silu", tile_m=256, row_tiles=2, blocks=1, slots=3),
     "groups of 128": product(32, 28672, 4096, group=128, **FULL, tile_m=32, row_tiles=4),
     "groups of 64": product(32, 28672, 4096, group=64, **FULL, tile_m=32, row_tiles=4, blocks=1),
     "groups of 32": product(32, 28672, 4096, group=32, **FULL, tile_m=32, row_tiles=4, blocks=1),
     "groups of 32, 16 rows": product(16, 4096, 4096, group=32, **FULL, tile_m=16, k_parts=4, blocks=1),
     "groups of 128, 64 rows": product(64, 28672, 4096, group=128, **FULL, tile_m=64, row_tiles=4, blocks=1),
     "256 rows": product(512, 28672, 4096, tile_m=256, row_tiles=2, blocks=1),
-    "256 rows, groups of 128": product(
-        512, 28672, 4096, group=128, **FULL, tile_m=256, row_tiles=2, blocks=1, slots=3
-    ),
+    "256 rows, groups of 128": product(512, 28672, 4096, group=128, **FULL, tile_m=256, row_tiles=2, blocks=1, slots=3),
     "128 rows, groups of 32": product(128, 4096, 4096, group=32, **FULL, tile_m=128, row_tiles=2, blocks=1, slots=3),
 }
 TIGHT = {"groups of 16, four warpgroups": product(16, 4096, 4096, group=16, tile_m=16, row_tiles=4)}

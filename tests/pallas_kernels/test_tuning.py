@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from pallas_kernels import tuning
-from pallas_kernels.int4_matmul.gpu import candidates, choose_config, tile_rows
+from pallas_kernels.int4_matmul.gpu import Shape, candidates, choose_config, tile_rows
 from pallas_kernels.int4_matmul.hopper import HopperConfig
 
 H200 = "nvidia-h200"
@@ -24,10 +24,12 @@ def test_every_shape_of_a_model_has_a_cut(model: str, group: int):
             continue
         groups = 1 if group == -1 else k // group
         for m in (1, 8, 16, 33, 64, 100, 300, 2048):
-            config, source = choose_config(m, n, k, groups=groups, rank=16, device="none")
-            assert source == "rule"
-            assert config.tile_m == tile_rows(m)
-            config.check(n=n, k=k, groups=groups)
+            rank = 16 if m <= 64 else 0
+            for paired in {False, n % 128 == 0}:
+                config, source = choose_config(m, n, k, groups=groups, rank=rank, paired=paired, device="none")
+                assert source == "rule"
+                assert config.tile_m == tile_rows(m)
+                config.check(n=n, k=k, groups=groups, projected=rank > 0, paired=paired)
 
 
 def test_a_shape_without_a_cut_is_refused():
@@ -54,12 +56,12 @@ def test_tuned_cuts_fit_and_are_chosen():
         config = HopperConfig(**settings)
         assert tuning.lookup("int4_matmul", key, device=H200) == settings
         config.check(n=key["n"], k=key["k"], groups=key["groups"])
-        shape = {"n": key["n"], "k": key["k"], "groups": key["groups"]}
+        shape = {"n": key["n"], "k": key["k"], "groups": key["groups"], "rank": key["rank"]}
         assert any(
             (other.row_tiles, other.k_parts, other.splits) == (config.row_tiles, config.k_parts, config.splits)
-            for other in candidates(config.tile_m, **shape)
+            for other in candidates(config.tile_m, Shape(**shape))
         ), f"{name} is not among the candidates"
-        assert choose_config(key["tile_m"], rank=key["rank"] + 16, device=H200, **shape) == (config, "tuned")
+        assert choose_config(key["tile_m"], device=H200, **shape) == (config, "tuned")
 
 
 def test_a_rank_without_settings_takes_those_of_rank_0(monkeypatch):
