@@ -305,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--peers", nargs="*", default=list(bench_peers.PEERS), help="libraries, or methods of them; none without names"
     )
-    parser.add_argument("--peer-seconds", type=float, default=90, help="time limit of each product of a peer")
+    parser.add_argument("--peer-seconds", type=float, default=120, help="time limit of each product of a peer")
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has PyTorch and the peers")
     parser.add_argument("--gemlite-tuning", choices=["shipped", "search"], default="shipped")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so long")
