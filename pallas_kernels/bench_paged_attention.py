@@ -26,7 +26,8 @@ import numpy as np
 from pallas_kernels.paged_attention.gpu import candidates, choose_config, paged_attention_mosaic_gpu, rank_by_rule
 from pallas_kernels.paged_attention.plan import HopperConfig
 from pallas_kernels.paged_attention.reference import paged_attention_xla
-from pallas_kernels.timing import copies, kernel_microseconds
+from pallas_kernels.shapes import copies
+from pallas_kernels.timing import kernel_microseconds
 
 _TOLERANCE = 2e-2
 _CHECKED = 4

@@ -30,12 +30,8 @@ from pallas_kernels.int4_matmul.gpu import (
     variants,
 )
 from pallas_kernels.int4_matmul.hopper import HopperConfig
-from pallas_kernels.timing import copies, kernel_microseconds
-
-SHAPES: dict[str, dict[str, tuple[int, int]]] = {
-    "llama-3.1-8b": {"o": (4096, 4096), "qkv": (6144, 4096), "down": (4096, 14336), "gate_up": (28672, 4096)},
-}
-"""Weights [N, K] of models' layers; products that share an input are one."""
+from pallas_kernels.shapes import SHAPES, copies
+from pallas_kernels.timing import kernel_microseconds
 
 _TOLERANCE = 2e-2
 
@@ -54,16 +50,17 @@ class Problem:
         """Groups of columns."""
         return 1 if self.group == -1 else self.k // self.group
 
-    def weights(self) -> list[tuple[jax.Array, jax.Array]]:
-        """Draw codes, in fragments, and scales, as many as it takes to keep them out of the cache."""
-        count = copies(self.n * self.k // 2)
-        keys = jax.random.split(jax.random.key(0), count)
-        scale = jnp.full((self.groups, self.n), self.k**-0.5 / 4, jnp.float32 if self.groups == 1 else jnp.bfloat16)
+    def weights(self, *, seed: int = 0, least: int = 2) -> list[tuple[jax.Array, jax.Array]]:
+        """Draw codes, in fragments, and scales, as many as it takes to keep them out of the cache, and `least`."""
+        count = max(least, copies(self.n * self.k // 2))
+        *keys, key = jax.random.split(jax.random.key(seed), count + 1)
+        spread = jax.random.uniform(key, (self.groups, self.n), minval=0.5, maxval=1.5)
+        scale = (spread * self.k**-0.5 / 4).astype(jnp.float32 if self.groups == 1 else jnp.bfloat16)
         return [(jax.lax.bitcast_convert_type(_bytes(key, self.n, self.k // 2), jnp.int8), scale) for key in keys]
 
-    def x(self) -> jax.Array:
+    def x(self, *, seed: int = 1) -> jax.Array:
         """Draw x."""
-        return jax.random.normal(jax.random.key(1), (self.m, self.k), jnp.bfloat16)
+        return jax.random.normal(jax.random.key(seed), (self.m, self.k), jnp.bfloat16)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
