@@ -33,8 +33,9 @@ def lay_out_for_hopper(model: Decoder) -> Decoder:
 
 def _paired(model: Decoder) -> bool:
     """Say whether the product of gate and up applies the activation."""
-    config, weight = model.config, model.layers.gate_up.weight
-    return config.activation == "silu" and config.intermediate_size % SIDE == 0 and _in_blocks(weight)
+    config = model.config
+    paired = config.activation == "silu" and config.intermediate_size % SIDE == 0
+    return paired and _in_blocks(model.layer(0).gate_up.weight)
 
 
 def _in_blocks(weight: object) -> bool:

@@ -87,7 +87,11 @@ def int4_matmul_mosaic_gpu(
         z = _coordinates(x.reshape(m, k), compensator, interpret) if z is None else z
         z, b = _low_rank(z.reshape(m, -1), compensator, packed.shape[0])
     if config is None:
-        problem = {"groups": scale.shape[0], "rank": 0 if a is None else b.shape[1], "paired": activation is not None}
+        problem = {
+            "groups": scale.shape[0],
+            "rank": 0 if a is None or b is None else b.shape[1],
+            "paired": activation is not None,
+        }
         config, _ = choose_config(m, packed.shape[0], rows.shape[1], **problem)
     y = int4_matmul_hopper(
         *(rows, packed, scale, zero, bias, b, z, a, a_scale),

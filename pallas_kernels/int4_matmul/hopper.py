@@ -14,6 +14,7 @@ blocks of a row of clusters all compute them, which costs reading A from the sec
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -259,48 +260,70 @@ class _Kernel:
             feeder=_FEEDER_REGISTERS if rationed else None,
         )
 
-    def _feed(
-        self, *, x, packed, x_ring, code_ring, full, empty, scale, zero=None, a=None, b=None, z=None, **refs
-    ) -> None:
-        """Bring codes, x and groups' values into shared memory, step by step for each part of K."""
+    def _copies(
+        self, *, x, packed, x_ring, code_ring, full, scale, zero=None, a=None, **refs
+    ) -> tuple[Callable[..., None], Callable[..., None]]:
+        """Give functions that bring a step's codes and groups' values, and its columns of x, into shared memory."""
         config = self.config
         first_tile = lax.axis_index("n") * config.row_tiles
-        channels = pl.ds(first_tile * SIDE, config.row_tiles * SIDE)
+        tiles, channels = pl.ds(first_tile, config.row_tiles), pl.ds(first_tile * SIDE, config.row_tiles * SIDE)
         rows = pl.ds(lax.axis_index("m") * config.tile_m, config.tile_m)
 
         def block(i, part):
             return (lax.axis_index("split") * config.k_parts + part) * self.part_blocks + i * config.blocks
 
+        def copy_lines(source, ring, i, part, slot, barrier):
+            count = ring.shape[-2]
+            lines = pl.ds(block(i, part) * (count // config.blocks), count)
+            plgpu.copy_gmem_to_smem(source(lines), ring.at[part, slot], barrier)
+
         def copy_weights(i, part, slot):
             barrier = full.at[part * self.slots + slot]
-            tiles, lines = pl.ds(first_tile, config.row_tiles), pl.ds(block(i, part) * CODE_ROWS, code_ring.shape[3])
-            plgpu.copy_gmem_to_smem(packed.at[tiles, lines], code_ring.at[part, slot], barrier)
+            copy_lines(lambda lines: packed.at[tiles, lines], code_ring, i, part, slot, barrier)
             if a is not None:
-                a_ring = refs["a_ring"]
-                count = a_ring.shape[2]
-                lines = pl.ds(block(i, part) * (count // config.blocks), count)
-                plgpu.copy_gmem_to_smem(a.at[lines], a_ring.at[part, slot], barrier)
+                copy_lines(lambda lines: a.at[lines], refs["a_ring"], i, part, slot, barrier)
             if self.groups > 1:
                 groups = pl.ds(block(i, part) * SIDE * self.groups // self.k, self.pieces)
-                plgpu.copy_gmem_to_smem(scale.at[groups, channels], refs["scale_ring"].at[part, slot], barrier)
-                if zero is not None:
-                    plgpu.copy_gmem_to_smem(zero.at[groups, channels], refs["zero_ring"].at[part, slot], barrier)
+                for name, values in {"scale_ring": scale, "zero_ring": zero}.items():
+                    if values is not None:
+                        plgpu.copy_gmem_to_smem(values.at[groups, channels], refs[name].at[part, slot], barrier)
 
         def copy_x(i, part, slot):
             columns = pl.ds(block(i, part) * SIDE, SIDE * config.blocks)
             plgpu.copy_gmem_to_smem(x.at[rows, columns], x_ring.at[part, slot], full.at[part * self.slots + slot])
 
-        for i in range(self.slots):
-            for part in range(config.k_parts):
-                copy_weights(i, part, i)
-        if b is not None:
-            plgpu.copy_gmem_to_smem(b.at[channels], refs["b_tile"], refs["b_full"])
+        return copy_weights, copy_x
+
+    def _fill(self, part, row_tile, **refs) -> None:
+        """Fill the slots of a part of K for the first time, the warpgroups of its tiles a share each.
+
+        A thread begins one copy after the other: one warpgroup alone would be at it for long.
+        """
+        copy_weights, copy_x = self._copies(**refs)
+
+        def share(copy):
+            def one(j, _):
+                i = j * self.config.row_tiles + row_tile
+                pl.when(i < self.slots)(lambda: copy(i, part, i))
+
+            lax.fori_loop(0, -(-self.slots // self.config.row_tiles), one, None)
+
+        share(copy_weights)
         if self.overlap:  # what comes next may be of the kernel before
             plgpu.griddepcontrol_wait()
-        for i in range(self.slots):
-            for part in range(config.k_parts):
-                copy_x(i, part, i)
+        share(copy_x)
+
+    def _feed(self, *, empty, b=None, z=None, **refs) -> None:
+        """Bring further steps into shared memory as slots become free, and what the epilogue needs."""
+        config = self.config
+        copy_weights, copy_x = self._copies(**refs)
+        if b is not None:
+            channels = pl.ds(lax.axis_index("n") * config.row_tiles * SIDE, config.row_tiles * SIDE)
+            plgpu.copy_gmem_to_smem(b.at[channels], refs["b_tile"], refs["b_full"])
+        if self.overlap:
+            plgpu.griddepcontrol_wait()
         if z is not None:
+            rows = pl.ds(lax.axis_index("m") * config.tile_m, config.tile_m)
             plgpu.copy_gmem_to_smem(z.at[rows], refs["z_tile"], refs["z_full"])
 
         def step(i, _):
@@ -360,6 +383,8 @@ class _Kernel:
     def _multiply(self, k_part, row_tile, *, scale, code_ring, x_ring, full, empty, zero=None, **refs) -> None:
         """Multiply the codes of a tile of 64 output channels with a part of K."""
         config = self.config
+        shared = {"code_ring": code_ring, "x_ring": x_ring, "full": full, "scale": scale, "zero": zero}
+        self._fill(k_part, row_tile, **shared, **refs)
         tile = lax.axis_index("n") * config.row_tiles + row_tile
         rows = pl.ds(tile * SIDE, SIDE)
 
