@@ -13,6 +13,7 @@ from pallas_kernels import dispatch
 from serve.paged_cache import PagedKVCache, suits_pages
 from spear_jax.config import ModelConfig
 from spear_jax.nn.attention import Index
+from spear_jax.nn.rope import Rope, apply_rope
 
 BLOCK = 128
 """Keys attended to at once; the length of a cache without pages is a multiple of it."""
@@ -134,8 +135,10 @@ def _attend(
     layer: Index,
     window: Index,
     scale: float,
+    rope: Rope,
 ) -> tuple[Float[Array, "B T N H"], KVCache]:
     """Write a layer's new keys and values with `write`, and go over its blocks with `read`."""
+    q, k = apply_rope(q, rope), apply_rope(k, rope)
     with jax.named_scope("cache_write"):
         keys, values = write(_layer(cache.k, layer), k), write(_layer(cache.v, layer), v)
     with jax.named_scope("cached_attention"):

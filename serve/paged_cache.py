@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention import paged_attention, paged_decode
 from spear_jax.config import ModelConfig
 from spear_jax.nn.attention import Index
+from spear_jax.nn.rope import Rope, apply_rope
 
 PAGE = 64
 """Tokens of a page: what the kernel fetches at a time."""
@@ -60,11 +61,23 @@ class PagedKVCache:
         layer: Index,
         window: Index,
         scale: float,
+        rope: Rope,
     ) -> tuple[Float[Array, "1 T N H"], "PagedKVCache"]:
         """Write keys and values at rising contiguous `positions` of a slot, and attend to that slot."""
         del window
-        slots = jnp.asarray(slot, jnp.int32)[None]
-        return self._attend(slots, positions, positions[:, -1] + 1, q, k, v, layer=layer, scale=scale)
+        table = self._table(layer, jnp.asarray(slot, jnp.int32)[None])
+        numbers, rows = table[0, positions[0] // PAGE], positions[0] % PAGE
+
+        def write(pages: Float[Array, "P K page H"], new: Float[Array, "1 T K H"]) -> Float[Array, "P K page H"]:
+            where = pages.at[numbers, :, rows]
+            return where.set(new[0].astype(pages.dtype), mode="promise_in_bounds", unique_indices=True)
+
+        with jax.named_scope("cache_write"):
+            cache = dataclasses.replace(self, k=write(self.k, apply_rope(k, rope)), v=write(self.v, v))
+        out = paged_attention(
+            *(apply_rope(q, rope), cache.k, cache.v, table, positions[:, -1] + 1), starts=positions[:, 0], scale=scale
+        )
+        return out, cache
 
     def attend_batch(
         self,
@@ -77,37 +90,19 @@ class PagedKVCache:
         layer: Index,
         window: Index,
         scale: float,
+        rope: Rope,
     ) -> tuple[Float[Array, "S 1 N H"], "PagedKVCache"]:
-        """Write one key and value a slot, and attend with every slot that is `live`; the others get zeros."""
+        """Write one key and value a slot, and attend, with every slot that is `live`; the others get zeros."""
         del window
-        slots = jnp.arange(self.slots, dtype=jnp.int32)
+        # They are slices of one product: XLA puts them together again without a copy.
+        qkv = jnp.concatenate([q, k, v], axis=2)[:, 0]
+        cos, sin = rope
+        rotation = jnp.stack([jnp.tile(cos[:, 0], 2), jnp.concatenate([-sin[:, 0], sin[:, 0]], axis=-1)], axis=1)
+        table = self._table(layer, jnp.arange(self.slots, dtype=jnp.int32))
         lengths = jnp.where(live, positions + 1, 0)
-        return self._attend(slots, positions[:, None], lengths, q, k, v, layer=layer, scale=scale)
+        out, keys, values = paged_decode(qkv, rotation, self.k, self.v, table, lengths, scale=scale)
+        return out[:, None], dataclasses.replace(self, k=keys, v=values)
 
-    def _attend(
-        self,
-        slots: Int32[Array, " B"],
-        positions: Int32[Array, "B T"],
-        lengths: Int32[Array, " B"],
-        q: Float[Array, "B T N H"],
-        k: Float[Array, "B T K H"],
-        v: Float[Array, "B T K H"],
-        *,
-        layer: Index,
-        scale: float,
-    ) -> tuple[Float[Array, "B T N H"], "PagedKVCache"]:
+    def _table(self, layer: Index, slots: Int32[Array, " B"]) -> Int32[Array, "B M"]:
         first = (layer * self.slots + slots) * self.pages
-        numbers, rows = first[:, None] + positions // PAGE, positions % PAGE
-
-        def write(pages: Float[Array, "P K page H"], new: Float[Array, "B T K H"]) -> Float[Array, "P K page H"]:
-            where = pages.at[numbers, :, rows]
-            return where.set(new.astype(pages.dtype), mode="promise_in_bounds", unique_indices=True)
-
-        with jax.named_scope("cache_write"):
-            cache = dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v))
-        out = paged_attention(
-            *(q, cache.k, cache.v, first[:, None] + jnp.arange(self.pages, dtype=jnp.int32), lengths),
-            starts=positions[:, 0],
-            scale=scale,
-        )
-        return out, cache
+        return first[:, None] + jnp.arange(self.pages, dtype=jnp.int32)
