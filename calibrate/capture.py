@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from spear_jax.models.decoder import Decoder, Layer, Ropes
 from spear_jax.nn.attention import Attend, Index, causal_attend
+from spear_jax.nn.rope import Rope, apply_rope
 
 type Moments = dict[str, Float[Array, "L K K"]]
 type Remat = Literal["none", "dots", "all"]
@@ -27,9 +28,11 @@ def fused_attend(
     layer: Index,
     window: Index,
     scale: float,
+    rope: Rope,
 ) -> tuple[Float[Array, "B T N H"], Any]:
     """Attend causally over the T tokens of the call with cuDNN's fused kernel; windows must not be shorter than T."""
     del layer, window
+    q, k = apply_rope(q, rope), apply_rope(k, rope)
     return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn"), cache
 
 
@@ -47,9 +50,10 @@ def choose_attend(model: Decoder, length: int) -> Attend:
 def _fused_works(length: int, heads: int, kv_heads: int, width: int, dtype: str) -> bool:
     """Try cuDNN's attention and its gradient once: which shapes it takes depends on its version and the device."""
     q, k = (jnp.zeros((1, length, count, width), dtype) for count in (heads, kv_heads))
+    rope = (jnp.ones((1, length, width // 2)), jnp.zeros((1, length, width // 2)))
 
     def total(q: Array) -> Array:
-        return fused_attend(q, k, k, None, layer=0, window=length, scale=1.0)[0].astype(jnp.float32).sum()
+        return fused_attend(q, k, k, None, layer=0, window=length, scale=1.0, rope=rope)[0].astype(jnp.float32).sum()
 
     try:
         jax.block_until_ready(jax.jit(jax.grad(total))(q))

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from spear_jax.models.decoder import Decoder
 from spear_jax.nn.attention import Index, masked_attention
+from spear_jax.nn.rope import Rope, apply_rope
 
 _DRAW_BLOCK = 256
 _SPAN = 128
@@ -88,7 +89,10 @@ def _sample_batch(
         (sampled, caches), (position, forced, key) = carry, inputs
         token = jnp.where(forced >= 0, forced, sampled)
 
-        def attend(q: Array, k: Array, v: Array, cache: Any, *, layer: Index, window: Index, scale: float):
+        def attend(
+            q: Array, k: Array, v: Array, cache: Any, *, layer: Index, window: Index, scale: float, rope: Rope
+        ) -> tuple[Array, Any]:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
             keys, values = (
                 jax.lax.dynamic_update_slice(whole, jnp.swapaxes(new, 1, 2)[None], (layer, 0, 0, position, 0))
                 for whole, new in zip(cache, (k, v), strict=True)

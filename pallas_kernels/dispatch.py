@@ -35,7 +35,9 @@ def platform() -> str:
 
 
 def is_hopper() -> bool:
-    """Say whether this process has Hopper GPUs."""
+    """Say whether programs are for Hopper GPUs: this process has them, or something is compiled for a GPU elsewhere."""
+    if (target := _TARGET.get()) is not None:
+        return target == "gpu"
     return jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") == "9.0"
 
 

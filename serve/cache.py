@@ -9,11 +9,14 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import dispatch
+from serve.paged_cache import PagedKVCache, suits_pages
 from spear_jax.config import ModelConfig
 from spear_jax.nn.attention import Index
+from spear_jax.nn.rope import Rope, apply_rope
 
 BLOCK = 128
-"""Keys attended to at once; the length of a cache is a multiple of it."""
+"""Keys attended to at once; the length of a cache without pages is a multiple of it."""
 
 _MASKED = float(jnp.finfo(jnp.float32).min)
 
@@ -35,26 +38,64 @@ class KVCache:
         """T: positions a slot has room for."""
         return self.k.shape[-2]
 
+    def attend_slot(
+        self, slot: Int[Array, ""], positions: Int[Array, "1 T"], q: Array, k: Array, v: Array, **where: Any
+    ) -> tuple[Float[Array, "1 T N H"], "KVCache"]:
+        """Write keys and values at rising contiguous `positions` of a slot, and attend to that slot."""
+
+        def write(array: Float[Array, "S K T H"], new: Float[Array, "1 T K H"]) -> Array:
+            return jax.lax.dynamic_update_slice(
+                array, jnp.swapaxes(new, 1, 2).astype(array.dtype), (slot, 0, positions[0, 0], 0)
+            )
+
+        def read(array: Float[Array, "S K T H"], start: Array) -> Float[Array, "1 K BLOCK H"]:
+            return jax.lax.dynamic_slice(array, (slot, 0, start, 0), (1, array.shape[1], BLOCK, array.shape[3]))
+
+        return _attend(write, read, positions, None, q, k, v, self, **where)
+
+    def attend_batch(
+        self, positions: Int[Array, " S"], live: Bool[Array, " S"], q: Array, k: Array, v: Array, **where: Any
+    ) -> tuple[Float[Array, "S 1 N H"], "KVCache"]:
+        """Write one key and value a slot, and attend with all slots; the cost follows the longest that is `live`."""
+
+        def write(array: Float[Array, "S K T H"], new: Float[Array, "S 1 K H"]) -> Array:
+            def one(slot: Array, row: Array, position: Array) -> Array:
+                return jax.lax.dynamic_update_slice(slot, row, (0, position, 0))
+
+            return jax.vmap(one)(array, jnp.swapaxes(new, 1, 2).astype(array.dtype), positions)
+
+        def read(array: Float[Array, "S K T H"], start: Array) -> Float[Array, "S K BLOCK H"]:
+            return jax.lax.dynamic_slice_in_dim(array, start, BLOCK, axis=2)
+
+        return _attend(write, read, positions[:, None], live, q, k, v, self, **where)
+
+
+type Cache = KVCache | PagedKVCache
+
 
 def allocate(
     config: ModelConfig, *, slots: int, context: int, padding: int, dtype: Any, stacked: bool
-) -> KVCache | tuple[KVCache, ...]:
+) -> Cache | tuple[Cache, ...]:
     """Make an empty cache for `context` tokens a slot: one for all layers, or one for each where not `stacked`.
 
-    A padded prompt chunk may write `padding` positions past the context, and idle slots write to the very last
-    position; neither is ever read, and neither may be moved back onto live keys as `dynamic_update_slice` would at
-    the end.
+    It is in pages for a Hopper GPU, where the model is one that the attention kernel can do. A padded prompt chunk may
+    write `padding` positions past the context, and idle slots write to the very last position; neither is ever read,
+    and neither may be moved back onto live keys as `dynamic_update_slice` would at the end.
     """
-    length = -(-(context + padding + 1) // BLOCK) * BLOCK
-    shape = (slots, config.num_kv_heads, length, config.head_dim)
+    length = context + padding + 1
+    in_pages = dispatch.is_hopper() and suits_pages(config, dtype)
 
-    def zeros(*leading: int) -> KVCache:
-        return KVCache(k=jnp.zeros((*leading, *shape), dtype), v=jnp.zeros((*leading, *shape), dtype))
+    def zeros(layers: int | None) -> Cache:
+        if in_pages:
+            return PagedKVCache.zeros(config, layers=layers or 1, slots=slots, length=length, dtype=dtype)
+        shape = (slots, config.num_kv_heads, -(-length // BLOCK) * BLOCK, config.head_dim)
+        shape = shape if layers is None else (layers, *shape)
+        return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
-    return zeros(config.num_layers) if stacked else tuple(zeros() for _ in range(config.num_layers))
+    return zeros(config.num_layers) if stacked else tuple(zeros(None) for _ in range(config.num_layers))
 
 
-def last_position(cache: KVCache | tuple[KVCache, ...]) -> int:
+def last_position(cache: Cache | tuple[Cache, ...]) -> int:
     """Give the position that no request reaches."""
     return (cache[0] if isinstance(cache, tuple) else cache).length - 1
 
@@ -69,29 +110,16 @@ def batch_attend(positions: Int[Array, " S"], live: Bool[Array, " S"]) -> Partia
     return Partial(_batch_attend, positions, live)
 
 
-def _slot_attend(slot: Array, positions: Array, *qkv_cache: Any, **where: Any) -> tuple[Array, KVCache]:
-    def write(array: Float[Array, "S K T H"], new: Float[Array, "1 T K H"]) -> Array:
-        return jax.lax.dynamic_update_slice(
-            array, jnp.swapaxes(new, 1, 2).astype(array.dtype), (slot, 0, positions[0, 0], 0)
-        )
-
-    def read(array: Float[Array, "S K T H"], start: Array) -> Float[Array, "1 K BLOCK H"]:
-        return jax.lax.dynamic_slice(array, (slot, 0, start, 0), (1, array.shape[1], BLOCK, array.shape[3]))
-
-    return _attend(write, read, positions, None, *qkv_cache, **where)
+def _slot_attend(
+    slot: Array, positions: Array, q: Array, k: Array, v: Array, cache: Cache, **where: Any
+) -> tuple[Array, Cache]:
+    return cache.attend_slot(slot, positions, q, k, v, **where)
 
 
-def _batch_attend(positions: Array, live: Array, *qkv_cache: Any, **where: Any) -> tuple[Array, KVCache]:
-    def write(array: Float[Array, "S K T H"], new: Float[Array, "S 1 K H"]) -> Array:
-        def one(slot: Array, row: Array, position: Array) -> Array:
-            return jax.lax.dynamic_update_slice(slot, row, (0, position, 0))
-
-        return jax.vmap(one)(array, jnp.swapaxes(new, 1, 2).astype(array.dtype), positions)
-
-    def read(array: Float[Array, "S K T H"], start: Array) -> Float[Array, "S K BLOCK H"]:
-        return jax.lax.dynamic_slice_in_dim(array, start, BLOCK, axis=2)
-
-    return _attend(write, read, positions[:, None], live, *qkv_cache, **where)
+def _batch_attend(
+    positions: Array, live: Array, q: Array, k: Array, v: Array, cache: Cache, **where: Any
+) -> tuple[Array, Cache]:
+    return cache.attend_batch(positions, live, q, k, v, **where)
 
 
 def _attend(
@@ -107,8 +135,10 @@ def _attend(
     layer: Index,
     window: Index,
     scale: float,
+    rope: Rope,
 ) -> tuple[Float[Array, "B T N H"], KVCache]:
     """Write a layer's new keys and values with `write`, and go over its blocks with `read`."""
+    q, k = apply_rope(q, rope), apply_rope(k, rope)
     with jax.named_scope("cache_write"):
         keys, values = write(_layer(cache.k, layer), k), write(_layer(cache.v, layer), v)
     with jax.named_scope("cached_attention"):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from serve.cache import KVCache, allocate, batch_attend, last_position, slot_attend
+from serve.cache import Cache, allocate, batch_attend, last_position, slot_attend
 from serve.request import SamplingParams
 from serve.sampling import SamplingState, sample
 from spear_jax.models.decoder import Decoder
@@ -28,7 +28,7 @@ class DeviceState:
     `token` [S] is the last token of each slot, not yet in the cache; `length` [S] counts those that are.
     """
 
-    cache: KVCache | tuple[KVCache, ...]
+    cache: Cache | tuple[Cache, ...]
     token: Any
     length: Any
     sampling: SamplingState

@@ -4,12 +4,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int32, Shaped
+from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 
 from pallas_kernels import dispatch
-from pallas_kernels.paged_attention.reference import paged_attention_xla
+from pallas_kernels.paged_attention.reference import paged_attention_xla, paged_decode_xla
 
-__all__ = ["paged_attention"]
+__all__ = ["paged_attention", "paged_decode"]
 
 _LEAST_PAGE = 16
 
@@ -21,7 +21,14 @@ def _mosaic_gpu(*args: Any, **kwargs: Any) -> Array:
     return paged_attention_mosaic_gpu(*args, **kwargs)
 
 
+def _decode_mosaic_gpu(*args: Any, **kwargs: Any) -> tuple[Array, Array, Array]:
+    from pallas_kernels.paged_attention.gpu import paged_decode_mosaic_gpu
+
+    return paged_decode_mosaic_gpu(*args, **kwargs)
+
+
 _BACKENDS = {"mosaic_gpu": _mosaic_gpu, "xla": paged_attention_xla}
+_DECODE_BACKENDS = {"mosaic_gpu": _decode_mosaic_gpu, "xla": paged_decode_xla}
 
 
 def paged_attention(
@@ -83,6 +90,60 @@ def paged_attention(
             scale=scale,
         )
     return out.reshape(q.shape)
+
+
+def paged_decode(
+    qkv: Float[Array, "B N+2K H"],
+    rotation: Float32[Array, "B 2 H"],
+    k_pages: Float[Array, "P K page H"],
+    v_pages: Float[Array, "P K page H"],
+    page_table: Int32[Array, "B M"],
+    lengths: Int32[Array, " B"],
+    *,
+    scale: float,
+    implementation: dispatch.Implementation | None = None,
+) -> tuple[Float[Array, "B N H"], Float[Array, "P K page H"], Float[Array, "P K page H"]]:
+    """Rotate the heads of one new token a sequence, write its key and value to their page, and attend from it.
+
+    It is rotary embedding, the write and `paged_attention` in one: a decode step launches one kernel for the three.
+    A sequence of length 0 writes nothing and gets zeros. No two sequences may have their last key on the same page.
+
+    Args:
+        qkv: N query heads, K key heads and K value heads of the new tokens, as one product gives them.
+        rotation: For each token cosines, then sines with those of the first half negated, both repeated to H columns:
+            a head x becomes `x * rotation[0] + roll(x, H / 2) * rotation[1]`.
+        k_pages: Keys, floating; donate them, or they are copied.
+        v_pages: Values, likewise.
+        page_table: Numbers of pages.
+        lengths: Keys in each sequence, the new one included.
+        scale: Factor on q k^T before the softmax.
+        implementation: Backend; by default the best one for this platform that can do the case.
+
+    Returns:
+        Softmax in float32 applied to the values, in qkv's type; keys; values.
+
+    Raises:
+        ValueError: Shapes or types do not fit together; says which and what was expected.
+        NotImplementedError: The backend that was asked for cannot do this case.
+    """
+    if qkv.ndim != 3 or k_pages.ndim != 4 or qkv.shape[1] <= 2 * k_pages.shape[1]:
+        shapes = f"{list(qkv.shape)} and {list(k_pages.shape)}"
+        raise ValueError(f"paged_decode: qkv and k_pages must be [B, N + 2K, H] and [P, K, page, H], got {shapes}")
+    if rotation.shape != (qkv.shape[0], 2, qkv.shape[2]) or rotation.dtype != jnp.float32:
+        raise ValueError(
+            f"paged_decode: rotation must be float32 [{qkv.shape[0]}, 2, {qkv.shape[2]}], "
+            f"got {rotation.dtype}{list(rotation.shape)}"
+        )
+    queries = qkv[:, : qkv.shape[1] - 2 * k_pages.shape[1]]
+    _check(queries, k_pages, v_pages, page_table, lengths, None, None, None, None)
+    with jax.named_scope("paged_decode"):
+        return dispatch.call(
+            "paged_decode",
+            _DECODE_BACKENDS,
+            implementation,
+            *(qkv, rotation, k_pages, v_pages, page_table, lengths),
+            scale=scale,
+        )
 
 
 def _check(q, k_pages, v_pages, page_table, lengths, starts, window, k_scale, v_scale) -> None:

@@ -1,14 +1,17 @@
 """Paged attention on Hopper: a block's shared memory, and how queries, keys and values get there."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.hopper import shared_tile
-from pallas_kernels.paged_attention.plan import TILE, HopperConfig, Problem, Span
+from pallas_kernels.paged_attention.plan import ALIGNED, TILE, HopperConfig, Problem, Span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +21,7 @@ class Block:
     config: HopperConfig
     problem: Problem
     h: int
+    kv_heads: int
     page: int
     capacity: int
     interpret: bool
@@ -47,6 +51,10 @@ class Block:
         """Say whether the kernel starts before the one ahead of it has ended; the interpreter runs one at a time."""
         return self.config.overlap and not self.interpret
 
+    def first_row(self):
+        """Give the row of the tile of q where the rows of this block's head begin."""
+        return lax.rem(lax.axis_index("head") * self.problem.group, jnp.int32(ALIGNED)) if self.problem.appends else 0
+
     def scratch(self, kv_dtype) -> dict:
         """Declare shared memory and barriers, by name."""
         config, h = self.config, self.h
@@ -66,6 +74,9 @@ class Block:
             "v_empty": empty,
             "out_tile": plgpu.SMEM((config.row_tiles, TILE, self.out_columns), self.result_dtype),
         }
+        if self.problem.appends:
+            shapes["new_rows"] = plgpu.SMEM((3, h), kv_dtype)
+            shapes["new_full"] = plgpu.Barrier(num_arrivals=4)
         if quantized:
             shapes["wide_tile"] = shared_tile((config.warpgroups, TILE, h), jnp.bfloat16)
             shapes["k_scales"] = shapes["v_scales"] = plgpu.SMEM((config.stages, TILE), jnp.float32)
@@ -103,9 +114,21 @@ class Block:
             row = (lax.axis_index("rows") * config.row_tiles + warpgroup // config.parts) * TILE
             rows = pl.ds(0 if self.tile_rows < TILE else row, self.tile_rows)
             tile = q_tile.at[warpgroup, pl.ds(0, self.tile_rows)]
-            plgpu.copy_gmem_to_smem(q.at[sequence, head, rows], tile, q_full)
+            if self.problem.appends:  # rows of other heads come along, and are used for nothing
+                source = q.at[sequence, pl.ds(head * self.problem.group // ALIGNED * ALIGNED, self.tile_rows)]
+            else:
+                source = q.at[sequence, head, rows]
+            plgpu.copy_gmem_to_smem(source, tile, q_full)
         last = jnp.maximum(lax.div(span.high - 1, jnp.int32(self.page)), 0)
-        count = span.end - span.begin
+        count = whole = span.end - span.begin
+        appends: Any = None
+        if self.problem.appends:
+            appends = (span.high > span.base) & ((span.base + span.end * TILE) >= span.high) & (count > 0)
+            whole = count - appends.astype(jnp.int32)  # tiles without the new key
+
+            @pl.when(appends)
+            def _():
+                self._fetch_new(q.at[sequence], head, **refs)
 
         def pages(i):
             # Beyond the last key its page is read again: entries of the table beyond it may hold anything.
@@ -134,19 +157,65 @@ class Block:
         ahead = [pages(jnp.int32(i)) for i in range(config.stages + 1)]
         for i in range(config.stages):
 
-            @pl.when(i < count)
+            @pl.when(i < whole)
             def _(i=i):
                 fill(jnp.int32(i), ahead[i])
+
+        new = None
+        if self.problem.appends:
+            number, row = table[sequence, last], lax.rem(span.high - 1, jnp.int32(self.page))
+            new = tuple(array.at[number, head, row] for array in (k, v))
+
+            @pl.when(appends)
+            def _():
+                self._store_new(new, **refs)
 
         def step(i, numbers):
             following = pages(i + 1)
             fill(i, numbers)
             return following
 
-        lax.fori_loop(config.stages, count, step, ahead[-1])
+        lax.fori_loop(config.stages, whole, step, ahead[-1])
+        if self.problem.appends:
+
+            @pl.when(appends)
+            def _():
+                self._await_new()
+                fill(count - 1, pages(count - 1))
+
         for i in range(config.stages):
 
             @pl.when(i < count)
             def _(i=i):
                 plgpu.barrier_wait(refs["k_empty"].at[i])
                 plgpu.barrier_wait(refs["v_empty"].at[i])
+
+    def _fetch_new(self, heads, head, *, new_rows, new_full, **_) -> None:
+        """Bring the new key, once more with its halves exchanged, and the new value into shared memory."""
+        half, key = self.h // 2, self.problem.group * self.kv_heads + head
+        plgpu.copy_gmem_to_smem(heads.at[key], new_rows.at[0], new_full)
+        for first, source in ((0, half), (half, 0)):
+            into = new_rows.at[1, pl.ds(first, half)]
+            plgpu.copy_gmem_to_smem(heads.at[key, pl.ds(source, half)], into, new_full)
+        plgpu.copy_gmem_to_smem(heads.at[key + self.kv_heads], new_rows.at[2], new_full)
+
+    def _store_new(self, places, *, new_rows, new_full, rotation, **_) -> None:
+        """Rotate the new key, and store it and the new value."""
+        plgpu.barrier_wait(new_full)
+        x, exchanged = (new_rows[i].astype(jnp.float32) for i in range(2))
+        turn = rotation.at[lax.axis_index("sequence")]
+        new_rows[0] = (x * turn[0] + exchanged * turn[1]).astype(new_rows.dtype)
+        plgpu.commit_smem()
+        for i, place in ((0, places[0]), (2, places[1])):
+            plgpu.copy_smem_to_gmem(new_rows.at[i], place)
+
+    def _await_new(self) -> None:
+        """Wait until the copy engine sees in global memory what it has stored there."""
+        plgpu.wait_smem_to_gmem(0)
+        if not self.interpret:
+            _fence_proxies()  # pyright: ignore[reportCallIssue]
+
+
+@plgpu.inline_mgpu()
+def _fence_proxies(_) -> None:
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "fence.proxy.async;", "", has_side_effects=True)

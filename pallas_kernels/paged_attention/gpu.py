@@ -1,5 +1,6 @@
 """`paged_attention` on a Hopper GPU: brings operands into the kernel's form and chooses how to cut the work up."""
 
+import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32, Shaped
@@ -7,7 +8,8 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.hopper import SHARED_BYTES
 from pallas_kernels.paged_attention.hopper import paged_attention_hopper
-from pallas_kernels.paged_attention.plan import TILE, HopperConfig, Problem
+from pallas_kernels.paged_attention.plan import ALIGNED, TILE, HopperConfig, Problem
+from pallas_kernels.paged_attention.reference import append_xla
 
 _KV_TYPES = (jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn)
 _WIDEST_HEAD = 256
@@ -44,17 +46,9 @@ def paged_attention_mosaic_gpu(
         NotImplementedError: q is not bfloat16, pages are of another type than bfloat16, int8 or float8_e4m3fn, the GPU
             is no Hopper, or the sizes of heads or pages are none that the kernel takes.
     """
-    if q.dtype != jnp.bfloat16 or k_pages.dtype not in _KV_TYPES:
-        raise NotImplementedError(
-            f"the GPU kernel takes bfloat16 with bfloat16, int8 or float8_e4m3fn pages, got {q.dtype}, {k_pages.dtype}"
-        )
-    dispatch.refuse_other_gpus()
+    _check(q, k_pages)
     b, t, n, h = q.shape
     kv_heads, page = k_pages.shape[1:3]
-    if h % TILE or h > _WIDEST_HEAD:
-        raise NotImplementedError(f"the head dimension must be a multiple of {TILE} up to {_WIDEST_HEAD}, got {h}")
-    if page % 16 or (page % TILE and TILE % page):
-        raise NotImplementedError(f"pages must be of 16, 32 or a multiple of {TILE} tokens, got {page}")
     group = n // kv_heads
     problem = Problem(tokens=t, group=group, windowed=window is not None, scale=scale, out_dtype=q.dtype)
     if config is None:
@@ -86,6 +80,64 @@ def paged_attention_mosaic_gpu(
     out = parts[0] if sums is None else _combine(parts, sums).astype(q.dtype)
     out = out[:, :, : problem.rows].reshape(b, kv_heads, t, group, h)
     return jnp.swapaxes(out, 1, 2).reshape(q.shape)
+
+
+def paged_decode_mosaic_gpu(
+    qkv: Float[Array, "B N+2K H"],
+    rotation: Float32[Array, "B 2 H"],
+    k_pages: Float[Array, "P K page H"],
+    v_pages: Float[Array, "P K page H"],
+    page_table: Int32[Array, "B M"],
+    lengths: Int32[Array, " B"],
+    *,
+    scale: float,
+    config: HopperConfig | None = None,
+    interpret: plgpu.InterpretGPUParams | bool = False,
+) -> tuple[Float[Array, "B N H"], Float[Array, "P K page H"], Float[Array, "P K page H"]]:
+    """Compute what `paged_decode` documents: in one kernel, or where heads do not fill tiles, partly by XLA.
+
+    Raises:
+        NotImplementedError: As `paged_attention_mosaic_gpu`, or pages are not of bfloat16.
+    """
+    if k_pages.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"the GPU kernel appends to pages of bfloat16, got {k_pages.dtype}")
+    (b, heads, h), (kv_heads, page) = qkv.shape, k_pages.shape[1:3]
+    group = (heads - 2 * kv_heads) // kv_heads
+    problem = Problem(tokens=1, group=group, windowed=False, scale=scale, out_dtype=qkv.dtype, appends=True)
+    most = problem.padded_rows(HopperConfig())
+    last = (kv_heads - 1) * group // ALIGNED * ALIGNED  # where the copy for the last key head begins
+    if h % (2 * TILE) or most > TILE or heads % ALIGNED or last + most > heads:
+        q, k_pages, v_pages = append_xla(qkv, rotation, k_pages, v_pages, page_table, lengths)
+        operands = (q[:, None], k_pages, v_pages, None, None, page_table, lengths, lengths - 1, None)
+        out = paged_attention_mosaic_gpu(*operands, scale=scale, config=config, interpret=interpret)
+        return out[:, 0], k_pages, v_pages
+    _check(qkv, k_pages)
+    if config is None:
+        capacity = page * page_table.shape[1]
+        config = choose_config(b, kv_heads, group, head_dim=h, page=page, capacity=capacity, kv_bytes=2)
+    keys, values = jax.new_ref(k_pages), jax.new_ref(v_pages)
+    parts, sums = paged_attention_hopper(
+        *(qkv, keys, values, None, None, page_table, lengths, lengths - 1, None, rotation),
+        problem=problem,
+        config=config,
+        interpret=interpret,
+    )
+    out = parts[0] if sums is None else _combine(parts, sums).astype(qkv.dtype)
+    return out.reshape(b, kv_heads * group, h), jax.freeze(keys), jax.freeze(values)
+
+
+def _check(q: Array, k_pages: Array) -> None:
+    """Raise NotImplementedError for what the kernel cannot do."""
+    h, page = k_pages.shape[-1], k_pages.shape[2]
+    if q.dtype != jnp.bfloat16 or k_pages.dtype not in _KV_TYPES:
+        raise NotImplementedError(
+            f"the GPU kernel takes bfloat16 with bfloat16, int8 or float8_e4m3fn pages, got {q.dtype}, {k_pages.dtype}"
+        )
+    dispatch.refuse_other_gpus()
+    if h % TILE or h > _WIDEST_HEAD:
+        raise NotImplementedError(f"the head dimension must be a multiple of {TILE} up to {_WIDEST_HEAD}, got {h}")
+    if page % 16 or (page % TILE and TILE % page):
+        raise NotImplementedError(f"pages must be of 16, 32 or a multiple of {TILE} tokens, got {page}")
 
 
 def _combine(parts: Float32[Array, "S B K R H"], sums: Float32[Array, "S B K R"]) -> Float32[Array, "B K R H"]:

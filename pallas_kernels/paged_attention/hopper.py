@@ -12,6 +12,10 @@ round, as in `int4_matmul`, would have them go through shared memory, and maxima
 shared memory. `splits` blocks share the keys of a sequence; what each found, and the logarithm of its sum, goes to
 global memory, and XLA brings it together: a cluster would do without that, but larger clusters leave multiprocessors
 empty (`int4_matmul.gpu`), and a single sequence needs more than the eight blocks that a cluster may have.
+
+A decode step may leave rotating and the write to the cache to the kernel too (`Problem.appends`): every block turns its
+few query rows in shared memory, and the block with a sequence's last tile turns the new key, stores key and value by
+TMA while older tiles are on their way, and fetches that tile last.
 """
 
 import dataclasses
@@ -20,6 +24,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -27,7 +32,7 @@ from jaxtyping import Array, BFloat16, Float, Float32, Int32, Shaped
 
 from pallas_kernels.hopper import ROWS, WGMMA, Accumulator, feed_and_compute, hold, row_values
 from pallas_kernels.paged_attention.feed import Block
-from pallas_kernels.paged_attention.plan import TILE, HopperConfig, Problem, Span
+from pallas_kernels.paged_attention.plan import ALIGNED, TILE, HopperConfig, Problem, Span
 
 _FEEDER_REGISTERS = 72
 
@@ -37,14 +42,15 @@ _UPCAST = plgpu.Layout.WGMMA_UPCAST_2X
 
 def paged_attention_hopper(
     q: BFloat16[Array, "B K R H"],
-    k_pages: Shaped[Array, "P K page H"],
-    v_pages: Shaped[Array, "P K page H"],
+    k_pages: Shaped[Array, "P K page H"] | jax.Ref,
+    v_pages: Shaped[Array, "P K page H"] | jax.Ref,
     k_scale: Float32[Array, "P K page"] | None,
     v_scale: Float32[Array, "P K page"] | None,
     page_table: Int32[Array, "B M"],
     lengths: Int32[Array, " B"],
     starts: Int32[Array, " B"],
     window: Int32[Array, "1"] | None,
+    rotation: Float32[Array, "B 2 H"] | None = None,
     *,
     problem: Problem,
     config: HopperConfig,
@@ -52,22 +58,31 @@ def paged_attention_hopper(
 ) -> tuple[Float[Array, "S B K R H"], Float32[Array, "S B K R"] | None]:
     """Give what each split found, and the binary logarithms of the sums of its weights where there are several splits.
 
-    q is padded to `problem.padded_rows`; R of the results is no less than `problem.rows`.
+    q is padded to `problem.padded_rows`; R of the results is no less than `problem.rows`. Where the problem `appends`,
+    q is [B, N + 2K, H] instead, all heads of the new tokens, keys and values behind queries; pages are mutable, and
+    `rotation` is as `paged_decode` has it.
     """
-    b, kv_heads, padded, h = q.shape
-    assert padded == problem.padded_rows(config)
+    (b, h), kv_heads, padded = (q.shape[0], q.shape[-1]), k_pages.shape[1], problem.padded_rows(config)
+    assert q.shape[1:3] == (((problem.group + 2) * kv_heads, h) if problem.appends else (kv_heads, padded))
     assert h % TILE == 0
     kernel = _Kernel(
-        config, problem, h=h, page=k_pages.shape[2], capacity=page_table.shape[1], interpret=bool(interpret)
+        config,
+        problem,
+        h=h,
+        kv_heads=kv_heads,
+        page=k_pages.shape[2],
+        capacity=page_table.shape[1],
+        interpret=bool(interpret),
     )
     out_rows = problem.rows if padded <= TILE else padded
+    assert not problem.appends or (padded <= TILE and config.row_tiles == 1)
     tiles = -(-padded // TILE)
     out = [jax.ShapeDtypeStruct((config.splits, b, kv_heads, out_rows, h), kernel.result_dtype)]
     if config.splits > 1:
         out.append(jax.ShapeDtypeStruct((config.splits, b, kv_heads, tiles * TILE), jnp.float32))
-    optional = {"k_scale": k_scale, "v_scale": v_scale, "window": window}
+    optional = {"k_scale": k_scale, "v_scale": v_scale, "window": window, "rotation": rotation}
     given = {name: operand for name, operand in optional.items() if operand is not None}
-    shared = kernel.scratch(k_pages.dtype)
+    shared = kernel.scratch(jnp.dtype(k_pages.dtype))
     names = (*given, "out", *(("sums_out",) if config.splits > 1 else ()), *shared)
 
     def body(q, k, v, table, lengths, starts, *rest):
@@ -85,7 +100,12 @@ def paged_attention_hopper(
         interpret=interpret,
     )
     result = run(q, k_pages, v_pages, page_table, lengths, starts, *given.values())
-    return result[0], result[1][..., :out_rows] if config.splits > 1 else None
+    if config.splits == 1:
+        return result[0], None
+    if not problem.appends:
+        return result[0], result[1][..., :out_rows]
+    first = np.arange(kv_heads)[:, None] * problem.group % ALIGNED
+    return result[0], result[1][:, :, np.arange(kv_heads)[:, None], first + np.arange(problem.group)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +131,8 @@ class _Kernel(Block):
         bound = functools.partial(self._bounds, span, row_tile)
         wide = refs["wide_tile"].at[warpgroup] if "wide_tile" in refs else None
         plgpu.barrier_wait(q_full)
+        if self.problem.appends:
+            self._rotate(q_tile.at[warpgroup], refs["rotation"].at[lax.axis_index("sequence")])
 
         def step(i, carry, *, masked: bool, last: bool):
             acc, top, total = carry
@@ -179,6 +201,18 @@ class _Kernel(Block):
         scores = pl.run_scoped(product, Accumulator((TILE, TILE), jnp.float32))
         scores = scores * (self.problem.scale * math.log2(math.e))
         return scores if factors is None else scores * _down(factors, scores.shape)
+
+    def _rotate(self, tile, rotation) -> None:
+        """Turn each pair (i, i + H/2) of every row by the sequence's angles."""
+        half = self.h // 2
+        for first in range(0, half, TILE):
+            low, high = pl.ds(first, TILE), pl.ds(half + first, TILE)
+            x, y = (plgpu.load(tile.at[:, columns], layout=WGMMA).astype(jnp.float32) for columns in (low, high))
+            cos, sin = (_column_values(rotation.at[i, columns]) for i, columns in ((0, low), (1, high)))
+            cos, sin = _down(cos, x.shape), _down(sin, x.shape)
+            tile[:, low] = (x * cos - y * sin).astype(jnp.bfloat16)
+            tile[:, high] = (y * cos + x * sin).astype(jnp.bfloat16)
+        plgpu.commit_smem()
 
     def _widen(self, source, target, count) -> None:
         """Copy a tile into `target` in bfloat16; where `count` is given, with zeros from that row on.
@@ -263,7 +297,7 @@ class _Kernel(Block):
             columns = pl.ds(column, self.out_columns)
             out_tile[row_tile] = acc[:, column : column + self.out_columns].astype(self.result_dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_tile.at[row_tile, pl.ds(0, rows)], target.at[:, columns])
+            plgpu.copy_smem_to_gmem(out_tile.at[row_tile, pl.ds(self.first_row(), rows)], target.at[:, columns])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if sums_out is not None and sums_tile is not None:
             plgpu.copy_smem_to_gmem(sums_tile.at[row_tile], sums_out.at[*place, pl.ds(first, TILE)])

@@ -1,6 +1,7 @@
 """How paged attention is cut up for Hopper: settings, and which tiles of keys a block goes over."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,6 +9,9 @@ from jax import lax
 
 TILE = 64
 """Keys of a tile, and query rows of a warpgroup."""
+
+ALIGNED = 8
+"""Rows of which the copy engine brings whole multiples into a tile, from a multiple on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,8 @@ class HopperConfig:
 class Problem:
     """What the kernel must know while it is traced.
 
-    `tokens` query tokens a sequence, `group` query heads a key head; `windowed`: a window is given; `scale` on scores.
+    `tokens` query tokens a sequence, `group` query heads a key head; `windowed`: a window is given; `scale` on scores;
+    `appends`: queries and keys are to be rotated, and each sequence's newest key and value written to its last page.
     """
 
     tokens: int
@@ -47,6 +52,7 @@ class Problem:
     windowed: bool
     scale: float
     out_dtype: jnp.dtype
+    appends: bool = False
 
     @property
     def rows(self) -> int:
@@ -55,6 +61,8 @@ class Problem:
 
     def padded_rows(self, config: HopperConfig) -> int:
         """Rows to which q is filled up: of whole tiles, or of the eight-row pieces that TMA copies."""
+        if self.appends:  # heads are read from a multiple of eight on
+            return -(-(self.group + ALIGNED - math.gcd(self.group, ALIGNED)) // ALIGNED) * ALIGNED
         if self.rows <= TILE and config.row_tiles == 1:
             return -(-self.rows // 8) * 8
         return -(-self.rows // (TILE * config.row_tiles)) * TILE * config.row_tiles

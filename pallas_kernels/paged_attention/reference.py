@@ -1,7 +1,7 @@
 """The specification of `paged_attention`, in plain XLA; every other backend is tested against it."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 
 def paged_attention_xla(
@@ -45,3 +45,43 @@ def paged_attention_xla(
     total = weights.sum(axis=-1, keepdims=True)
     weights = weights / jnp.where(total == 0, 1, total)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, n, h).astype(q.dtype)
+
+
+def append_xla(
+    qkv: Float[Array, "B N+2K H"],
+    rotation: Float32[Array, "B 2 H"],
+    k_pages: Float[Array, "P K page H"],
+    v_pages: Float[Array, "P K page H"],
+    page_table: Int32[Array, "B M"],
+    lengths: Int32[Array, " B"],
+) -> tuple[Float[Array, "B N H"], Float[Array, "P K page H"], Float[Array, "P K page H"]]:
+    """Give rotated queries, and pages with the rotated key and the value of one token a sequence written to them."""
+    kv_heads, page = k_pages.shape[1:3]
+    heads = qkv.shape[1] - 2 * kv_heads
+    x = qkv[:, : heads + kv_heads].astype(jnp.float32)
+    rotated = x * rotation[:, :1] + jnp.roll(x, x.shape[-1] // 2, axis=-1) * rotation[:, 1:]
+    position = jnp.maximum(lengths - 1, 0)
+    number = jnp.take_along_axis(page_table, position[:, None] // page, axis=1)[:, 0]
+    number = jnp.where(lengths > 0, number, k_pages.shape[0])
+
+    def write(pages: Array, new: Array) -> Array:
+        return pages.at[number, :, position % page].set(new.astype(pages.dtype), mode="drop")
+
+    k_pages, v_pages = write(k_pages, rotated[:, heads:]), write(v_pages, qkv[:, heads + kv_heads :])
+    return rotated[:, :heads].astype(qkv.dtype), k_pages, v_pages
+
+
+def paged_decode_xla(
+    qkv: Float[Array, "B N+2K H"],
+    rotation: Float32[Array, "B 2 H"],
+    k_pages: Float[Array, "P K page H"],
+    v_pages: Float[Array, "P K page H"],
+    page_table: Int32[Array, "B M"],
+    lengths: Int32[Array, " B"],
+    *,
+    scale: float,
+) -> tuple[Float[Array, "B N H"], Float[Array, "P K page H"], Float[Array, "P K page H"]]:
+    """Compute what `paged_decode` documents."""
+    q, k_pages, v_pages = append_xla(qkv, rotation, k_pages, v_pages, page_table, lengths)
+    where = (None, None, page_table, lengths, lengths - 1, None)
+    return paged_attention_xla(q[:, None], k_pages, v_pages, *where, scale=scale)[:, 0], k_pages, v_pages

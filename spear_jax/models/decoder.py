@@ -14,7 +14,7 @@ from pallas_kernels.int4_matmul import Compensator
 from spear_jax.config import UNLIMITED_WINDOW, ModelConfig
 from spear_jax.nn.attention import Attend, Index, causal_attend
 from spear_jax.nn.linear import Linear, RMSNorm
-from spear_jax.nn.rope import apply_rope, rope_frequencies, rope_tables
+from spear_jax.nn.rope import Rope, rope_frequencies, rope_tables
 from spear_jax.quant.compensator import CompensatorBank
 from spear_jax.quant.qtensor import QuantTensor
 from spear_jax.quant.rows import Int8Rows
@@ -102,13 +102,12 @@ class Layer(nnx.Module):
 
         with jax.named_scope("attention"):
             qkv = apply("qkv", self.input_norm(x))
-            q, k, v = jnp.split(qkv, np.cumsum([config.num_heads, config.num_kv_heads]) * config.head_dim, axis=-1)
-            q, k, v = (y.reshape(*y.shape[:-1], -1, config.head_dim) for y in (q, k, v))
+            heads = qkv.reshape(*qkv.shape[:-1], -1, config.head_dim)
+            q, k, v = jnp.split(heads, np.cumsum([config.num_heads, config.num_kv_heads]), axis=-2)
             if self.q_norm is not None and self.k_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
-            cos, sin = _select_rope(ropes, window, config)
-            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-            attended, cache = attend(q, k, v, cache, layer=layer, window=window, scale=config.scale)
+            rope = _select_rope(ropes, window, config)
+            attended, cache = attend(q, k, v, cache, layer=layer, window=window, scale=config.scale, rope=rope)
             x = add(x, apply("o", attended.reshape(*x.shape[:2], -1)), self.attn_out_norm)
         with jax.named_scope("mlp"):
             gated = apply("gate_up", self.mlp_norm(x))
@@ -123,7 +122,7 @@ def _gelu_tanh(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=True)
 
 
-def _select_rope(ropes: Ropes, window: Index, config: ModelConfig) -> tuple[Array, Array]:
+def _select_rope(ropes: Ropes, window: Index, config: ModelConfig) -> Rope:
     """Pick the global tables, or the local ones where this layer slides and the family has its own base for that."""
     if config.rope_local_theta is None:
         return ropes[0][0], ropes[1][0]

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from spear_jax.nn.rope import Rope, apply_rope
+
 type Index = int | Int[Array, ""]
 
 _QUERY_BLOCK = 128
@@ -14,7 +16,8 @@ _QUERY_BLOCK = 128
 class Attend(Protocol):
     """How a layer attends: writes its new keys and values to a cache, and reads what it may see.
 
-    `q` and `k` come normalised and rotated. `cache` is any pytree: that of all layers in a scan, where the traced
+    `q` and `k` come normalised but not rotated, which is left to who attends, by `rope`: a kernel may do it as it reads
+    them. `cache` is any pytree: that of all layers in a scan, where the traced
     `layer` picks this layer's part, or the layer's own where layers are separate, and then `layer` is 0. A query sees
     at most `window` keys, itself included.
     """
@@ -29,6 +32,7 @@ class Attend(Protocol):
         layer: Index,
         window: Index,
         scale: float,
+        rope: Rope,
     ) -> tuple[Float[Array, "B T N H"], Any]:
         """Give what the queries attend to, and the cache with the new keys and values in it."""
         ...
@@ -70,6 +74,7 @@ def causal_attend(
     layer: Index,
     window: Index,
     scale: float,
+    rope: Rope,
 ) -> tuple[Float[Array, "B T N H"], Any]:
     """Attend causally over the T tokens of the call alone; an `Attend` that keeps no cache.
 
@@ -77,6 +82,7 @@ def causal_attend(
     pieces that fit a CPU's cache.
     """
     del layer
+    q, k = apply_rope(q, rope), apply_rope(k, rope)
     out = []
     for start in range(0, q.shape[1], _QUERY_BLOCK):
         end = min(start + _QUERY_BLOCK, q.shape[1])

@@ -8,6 +8,9 @@ from jaxtyping import Array, Float, Int
 
 from spear_jax.config import RopeScaling
 
+type Rope = tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]
+"""Cosines and sines of the angles of positions."""
+
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
     """Give the H/2 angular frequencies in radians a position, float64.
@@ -30,16 +33,15 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
 
 
-def rope_tables(positions: Int[Array, "B T"], frequencies: np.ndarray) -> tuple[Float[Array, "B T H/2"], ...]:
+def rope_tables(positions: Int[Array, "B T"], frequencies: np.ndarray) -> Rope:
     """Give cosines and sines of `position * frequency`, float32."""
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rope(
-    x: Float[Array, "B T N H"], cos: Float[Array, "B T H/2"], sin: Float[Array, "B T H/2"]
-) -> Float[Array, "B T N H"]:
+def apply_rope(x: Float[Array, "B T N H"], rope: Rope) -> Float[Array, "B T N H"]:
     """Rotate each pair (i, i + H/2) of every head by its position's angle, in float32."""
+    cos, sin = rope
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels.int4_matmul.gpu import int4_matmul_mosaic_gpu
 from pallas_kernels.int4_matmul.hopper import HopperConfig, int4_matmul_hopper
 from pallas_kernels.paged_attention import plan
-from pallas_kernels.paged_attention.gpu import paged_attention_mosaic_gpu
+from pallas_kernels.paged_attention.gpu import paged_attention_mosaic_gpu, paged_decode_mosaic_gpu
 from pallas_kernels.topology import gpu_topology
 
 SHARDING = jax.sharding.SingleDeviceSharding(gpu_topology("h200").devices[0])
@@ -84,13 +84,28 @@ def attention(problem: dict[str, Any]):
     return run, q, pages, pages, scales, scales, array((b, problem["entries"]), jnp.int32), places, places, window
 
 
-KINDS = {"product": product, "scan": layers, "unrolled": layers, "attention": attention}
+def decode(problem: dict[str, Any]):
+    b, heads = problem["sequences"], problem["kv_heads"] * (problem["group"] + 2)
+    h, entries = problem["head_dim"], problem["entries"]
+    pages = array((b * entries, problem["kv_heads"], problem["page"], h), BF16)
+    config = None if problem["config"] is None else plan.HopperConfig(**problem["config"])
+
+    def run(pages, *operands):
+        qkv, rotation, table, lengths = operands
+        return paged_decode_mosaic_gpu(qkv, rotation, *pages, table, lengths, scale=0.1, config=config)
+
+    operands = (array((b, heads, h), BF16), array((b, 2, h), jnp.float32))
+    return run, (pages, pages), *operands, array((b, entries), jnp.int32), array((b,), jnp.int32)
+
+
+KINDS = {"product": product, "scan": layers, "unrolled": layers, "attention": attention, "decode": decode}
 
 
 def report(problem: dict[str, Any], dumps: Path) -> dict[str, Any]:
     before = set(dumps.iterdir())
     function, *operands = KINDS[problem["kind"]](problem)
-    compiled = jax.jit(function).lower(*operands).compile()
+    donated = (0,) if problem["kind"] == "decode" else ()
+    compiled = jax.jit(function, donate_argnums=donated).lower(*operands).compile()
     memory = compiled.memory_analysis()
     assert memory is not None
     texts = {path: path.read_text(errors="replace") for path in set(dumps.iterdir()) - before}

@@ -23,6 +23,7 @@ class Problem:
     entries: int = 512
     kv_dtype: str = "bfloat16"
     windowed: bool = False
+    kind: str = "attention"
     config: dict[str, Any] | None = None
 
 
@@ -47,6 +48,14 @@ PROBLEMS = {
     "chunk, window": Problem(sequences=2, tokens=256, windowed=True),
     "chunk, split": Problem(sequences=1, tokens=64),
 }
+APPENDING = {
+    "appending": Problem(page=64, entries=128),
+    "appending, one sequence": Problem(sequences=1, page=64, entries=128),
+    "appending, groups of seven": Problem(group=7, kv_heads=4, page=64, entries=128),
+    "appending, heads of 256": Problem(head_dim=256, kv_heads=4, page=64, entries=128),
+    "appending, pages of 16": Problem(config={"parts": 2, "splits": 2, "stages": 4}),
+}
+PROBLEMS |= {name: dataclasses.replace(problem, kind="decode") for name, problem in APPENDING.items()}
 PROBLEMS |= {f"chunk, {kind}": Problem(sequences=2, tokens=256, kv_dtype=kind) for kind in ("int8", "float8_e4m3fn")}
 PROBLEMS |= {
     f"candidate {config}": Problem(config=dataclasses.asdict(config))
@@ -57,12 +66,18 @@ PROBLEMS |= {
 
 @pytest.fixture(scope="module")
 def reports(compile_for_hopper):
-    return compile_for_hopper(
-        {name: {"kind": "attention"} | dataclasses.asdict(problem) for name, problem in PROBLEMS.items()}
-    )
+    return compile_for_hopper({name: dataclasses.asdict(problem) for name, problem in PROBLEMS.items()})
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_kernel_compiles_as_it_should(reports, well_compiled, name: str):
     ptx = well_compiled(reports[name])
     assert "griddepcontrol.wait" in ptx
+
+
+@pytest.mark.parametrize("name", APPENDING)
+def test_pages_are_written_where_they_are(reports, name: str):
+    problem = PROBLEMS[name]
+    pages = problem.sequences * problem.entries * problem.kv_heads * problem.page * problem.head_dim * 2
+    assert "failure" not in reports[name], reports[name]["failure"]
+    assert reports[name]["temporary_bytes"] < pages / 2

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 import math
@@ -10,9 +11,14 @@ import pytest
 from pallas_kernels import tuning
 from pallas_kernels.hopper import SHARED_BYTES
 from pallas_kernels.paged_attention import gpu as gpu_backend
-from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention import paged_attention, paged_decode
 from pallas_kernels.paged_attention.cases import CASES, Case
-from pallas_kernels.paged_attention.gpu import candidates, choose_config, paged_attention_mosaic_gpu
+from pallas_kernels.paged_attention.gpu import (
+    candidates,
+    choose_config,
+    paged_attention_mosaic_gpu,
+    paged_decode_mosaic_gpu,
+)
 from pallas_kernels.paged_attention.plan import TILE, HopperConfig, Problem, Span
 
 CONFIGS = {
@@ -24,6 +30,34 @@ CONFIGS = {
     "two tiles of rows": HopperConfig(row_tiles=2, parts=1, stages=2),
     "two tiles of rows, split": HopperConfig(row_tiles=2, parts=2, splits=2, stages=2),
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decode:
+    """Sequences that get a token each."""
+
+    lengths: tuple[int, ...]
+    group: int = 4
+    kv_heads: int = 2
+    h: int = 128
+    page: int = 64
+    config: HopperConfig | None = None
+
+    def operands(self) -> tuple[jax.Array, ...]:
+        rng, b = np.random.default_rng(0), len(self.lengths)
+        entries = -(-max(self.lengths) // self.page) + 1
+
+        def draw(*shape: int) -> jax.Array:
+            return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+
+        angles = rng.uniform(0, 6, (b, self.h // 2))
+        cos, sin = np.cos(angles), np.sin(angles)
+        rotation = np.stack([np.concatenate(pair, -1) for pair in ((cos, cos), (-sin, sin))], 1)
+        pages = [draw(b * entries, self.kv_heads, self.page, self.h) for _ in range(2)]
+        table = rng.permutation(b * entries).reshape(b, entries)
+        qkv = draw(b, (self.group + 2) * self.kv_heads, self.h)
+        lengths = jnp.asarray(self.lengths, jnp.int32)
+        return qkv, jnp.asarray(rotation, jnp.float32), *pages, jnp.asarray(table, jnp.int32), lengths
 
 
 def in_float64(
@@ -125,6 +159,65 @@ def test_the_hopper_kernel_equals_the_reference(interpreted, interpreter, case: 
     wanted = in_float64(*operands, **keywords, scale=1 / math.sqrt(operands[0].shape[-1]))
     # Weights of the softmax are rounded to bfloat16, and so is the result.
     assert error(out.astype(jnp.float32), wanted) < 2.0**-6
+
+
+DECODES = {
+    "by rule": Decode(lengths=(100, 1, 64), config=None),
+    "idle, splits": Decode(lengths=(65, 0, 200), config=HopperConfig(parts=2, splits=2, stages=2)),
+    "groups of three": Decode(lengths=(65, 64), group=3, kv_heads=4, config=HopperConfig(parts=1, splits=2, stages=2)),
+    "groups of eight": Decode(lengths=(70,), group=8, config=HopperConfig(parts=1, splits=2, stages=2)),
+    "one head a group": Decode(lengths=(3, 70), group=1, kv_heads=8, config=HopperConfig(parts=1, stages=2)),
+    "pages of 16": Decode(lengths=(130, 129), page=16, config=HopperConfig(parts=1, splits=3, stages=1)),
+    "pages of 128": Decode(lengths=(300, 128), page=128, config=HopperConfig(parts=2, stages=2)),
+    "heads of 256": Decode(lengths=(70,), h=256, config=None),
+    "heads of 64": Decode(lengths=(70, 0), h=64, config=None),
+    "few key heads": Decode(lengths=(70,), group=3, kv_heads=1, config=None),
+}
+
+
+@pytest.mark.parametrize("decode", DECODES.values(), ids=DECODES.keys())
+def test_the_hopper_kernel_appends_as_the_reference_does(interpreted, interpreter, decode: Decode):
+    operands = decode.operands()
+    call = functools.partial(paged_decode_mosaic_gpu, scale=0.1, config=decode.config, interpret=interpreter.PARAMS)
+    out, *pages = interpreted(call, *operands)
+    expected, *expected_pages = jax.jit(functools.partial(paged_decode, scale=0.1, implementation="xla"))(*operands)
+    assert error(out.astype(jnp.float32), expected.astype(jnp.float32)) < 2.0**-6
+    for got, wanted in zip(pages, expected_pages, strict=True):
+        np.testing.assert_array_equal(got.astype(jnp.float32), wanted.astype(jnp.float32))
+
+
+def test_xla_appends_and_attends_as_apart():
+    qkv, rotation, k_pages, v_pages, table, lengths = Decode(lengths=(100, 0, 64)).operands()
+    out, keys, values = paged_decode(qkv, rotation, k_pages, v_pages, table, lengths, scale=0.1)
+    angles = np.asarray(rotation)
+    turned = np.array(qkv.astype(jnp.float32), np.float64)
+    pairs = turned[..., :64] + 1j * turned[..., 64:]
+    pairs = pairs * (angles[:, :1, :64] + 1j * angles[:, 1:, 64:])
+    turned = np.concatenate([pairs.real, pairs.imag], axis=-1)
+    wanted_k, wanted_v = (np.array(pages.astype(jnp.float32)) for pages in (k_pages, v_pages))
+    for row in (0, 2):
+        place = int(table[row, (int(lengths[row]) - 1) // 64]), slice(None), (int(lengths[row]) - 1) % 64
+        wanted_k[place], wanted_v[place] = turned[row, 8:10], np.asarray(qkv[row, 10:].astype(jnp.float32))
+    assert error(keys.astype(jnp.float32), wanted_k) < 2.0**-7
+    np.testing.assert_array_equal(values.astype(jnp.float32), wanted_v)
+    q = jnp.asarray(turned[:, :8], jnp.bfloat16)
+    apart = paged_attention(q, keys, values, table, lengths, scale=0.1)
+    assert error(out.astype(jnp.float32), apart.astype(jnp.float32)) < 2.0**-6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qkv": jnp.zeros((1, 4, 128))}, r"qkv and k_pages must be \[B, N \+ 2K, H\]"),
+        ({"rotation": jnp.zeros((1, 2, 64))}, r"rotation must be float32 \[1, 2, 128\], got float32\[1, 2, 64\]"),
+        ({"page_table": jnp.zeros((2, 2), jnp.int32)}, r"page_table must be int32 \[1, M\]"),
+    ],
+)
+def test_operands_of_a_decode_that_do_not_fit_are_refused(change, message):
+    names = ("qkv", "rotation", "k_pages", "v_pages", "page_table", "lengths")
+    operands = dict(zip(names, Decode(lengths=(5,)).operands(), strict=True)) | change
+    with pytest.raises(ValueError, match=message):
+        paged_decode(*operands.values(), scale=1.0)
 
 
 def test_a_window_may_be_traced():

@@ -1,0 +1,77 @@
+"""A cache in pages gives the tokens that the cache without them gives, and a step on a Hopper GPU launches little."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.dispatch import compiling_for
+from serve import cache as cache_module
+from serve.cache import KVCache, allocate
+from serve.paged_cache import PagedKVCache, suits_pages
+from serve.request import SamplingParams
+from serve.runner import Runner
+from spear_jax.models.decoder import Decoder, unstack
+from spear_jax.testing import random_weights, tiny_config
+
+GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
+CONFIG = tiny_config(tie_embeddings=False)
+
+
+def allocated(**changes):
+    options = {"slots": 2, "context": 100, "padding": 16, "dtype": jnp.bfloat16, "stacked": False}
+    return allocate(tiny_config(head_dim=64, **changes.pop("config", {})), **(options | changes))
+
+
+def tokens_of(layout: str) -> list[list[int]]:
+    """Tokens of three slots: prompts of several chunks, one slot idle for a while, one used twice."""
+    model = Decoder.from_weights(CONFIG, random_weights(CONFIG), dtype=jnp.float32)
+    model = unstack(model) if layout == "separate" else model
+    runner = Runner(model, slots=3, context=150, buckets=(8, 16), lone_program=False)
+    rng, out = np.random.default_rng(0), []
+
+    def start(slot: int, length: int) -> None:
+        prompt = rng.integers(0, 96, length).tolist()
+        for done in range(0, length, 16):
+            part, last = prompt[done : done + 16], done + 16 >= length
+            runner.prefill(part, slot=slot, start=done, bucket=16 if len(part) > 8 else 8, last=last, params=GREEDY)
+
+    def decode(active: list[bool], steps: int) -> None:
+        for _ in range(steps):
+            token = np.asarray(runner.decode(np.array(active)))
+            out.append(np.where(active, token, -1).tolist())
+
+    start(1, 60)
+    decode([False, True, False], 8)
+    start(0, 9)
+    start(2, 100)
+    decode([True, True, True], 40)
+    start(1, 20)
+    decode([True, True, False], 10)
+    return out
+
+
+@pytest.mark.parametrize("layout", ["stacked", "separate"])
+def test_tokens_are_those_of_the_cache_without_pages(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = tokens_of(layout)
+    monkeypatch.setattr(cache_module.dispatch, "is_hopper", lambda: True)
+    monkeypatch.setattr(cache_module, "suits_pages", lambda *_: True)
+    assert tokens_of(layout) == expected
+
+
+def test_pages_are_for_hopper_alone() -> None:
+    assert all(isinstance(cache, KVCache) for cache in allocated())
+    with compiling_for("gpu"):
+        assert all(isinstance(cache, PagedKVCache) for cache in allocated())
+        whole = allocated(stacked=True)
+        assert isinstance(whole, PagedKVCache)
+        assert whole.k.shape == (3 * 2 * 2, 2, 64, 64)
+        assert whole.length == 128
+        assert isinstance(allocated(dtype=jnp.float32)[0], KVCache)
+        assert isinstance(allocated(config={"sliding_window": 20})[0], KVCache)
+
+
+@pytest.mark.parametrize(("head_dim", "suits"), [(64, True), (128, True), (256, True), (80, False), (320, False)])
+def test_heads_that_the_kernel_takes(head_dim: int, suits: bool) -> None:
+    assert suits_pages(dataclasses.replace(CONFIG, head_dim=head_dim), jnp.dtype(jnp.bfloat16)) == suits
