@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -261,7 +261,7 @@ class _Kernel:
         )
 
     def _copies(
-        self, *, x, packed, x_ring, code_ring, full, scale, zero=None, a=None, **refs
+        self, *, x: Any, packed: Any, x_ring: Any, code_ring: Any, full: Any, scale: Any, zero=None, a=None, **refs: Any
     ) -> tuple[Callable[..., None], Callable[..., None]]:
         """Give functions that bring a step's codes and groups' values, and its columns of x, into shared memory."""
         config = self.config
@@ -280,8 +280,8 @@ class _Kernel:
         def copy_weights(i, part, slot):
             barrier = full.at[part * self.slots + slot]
             copy_lines(lambda lines: packed.at[tiles, lines], code_ring, i, part, slot, barrier)
-            if a is not None:
-                copy_lines(lambda lines: a.at[lines], refs["a_ring"], i, part, slot, barrier)
+            if (factor := a) is not None:
+                copy_lines(lambda lines: factor.at[lines], refs["a_ring"], i, part, slot, barrier)
             if self.groups > 1:
                 groups = pl.ds(block(i, part) * SIDE * self.groups // self.k, self.pieces)
                 for name, values in {"scale_ring": scale, "zero_ring": zero}.items():
