@@ -79,6 +79,9 @@ def _prepare(compensator: Compensator, *, paired: bool) -> Compensator:
     a, fragments = fill(compensator.a), None
     assert a is not None
     if gate is None and a.dtype == jnp.int8 and a.shape[0] <= SIDE and a.shape[1] % SIDE == 0:
+        assert a_scale is not None
+        assert bt_scale is None
         a, fragments = None, jax.jit(factor_to_fragments)(a)
+        a_scale = jnp.pad(a_scale, (0, SIDE - a_scale.shape[0]))
     b = _alternate(bt.T) if paired else bt.T
     return Compensator(a=a, a_fragments=fragments, b=b, a_scale=a_scale, bt_scale=bt_scale, gate=gate)

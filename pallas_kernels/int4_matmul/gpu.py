@@ -6,7 +6,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Float32, Int8, Shaped
+from jaxtyping import Array, Float, Int8, Shaped
 
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.hopper import SHARED_BYTES, thread_registers
@@ -82,7 +82,7 @@ def int4_matmul_mosaic_gpu(
     a = a_scale = b = None
     if compensator is not None and z is None and _projects_along(m, compensator):
         a, b = compensator.a_fragments, compensator.b
-        a_scale = _product(compensator.a_scale, compensator.bt_scale)
+        a_scale = compensator.a_scale.astype(jnp.float32)
     elif compensator is not None:
         z = _coordinates(x.reshape(m, k), compensator, interpret) if z is None else z
         z, b = _low_rank(z.reshape(m, -1), compensator, packed.shape[0])
@@ -114,13 +114,6 @@ def _projects_along(m: int, compensator: Compensator) -> bool:
     )
 
 
-def _product(one: Float[Array, " R"] | None, other: Float[Array, " R"] | None) -> Float32[Array, " R"] | None:
-    if one is None or other is None:
-        one = other if one is None else one
-        return None if one is None else one.astype(jnp.float32)
-    return one.astype(jnp.float32) * other.astype(jnp.float32)
-
-
 def _pad_and_reorder(x, packed, scale, zero, bias) -> tuple:
     """Bring operands laid out by rows into fragments, filling sides up to multiples of 64 with zeros."""
     (n, half), groups = packed.shape, scale.shape[1]
@@ -146,9 +139,9 @@ def _coordinates(
     gate, rank = compensator.gate, compensator.rank
     if x.shape[0] > MOST_ROWS or x.shape[1] % SIDE or (gate is not None and gate.probe is not None):
         return compensator_coordinates(x, compensator)
-    a = compensator.rows_of_a()
+    a, scale = compensator.rows_of_a()
     a = a if a.dtype == jnp.int8 else a.astype(jnp.bfloat16)
-    scale = None if compensator.a_scale is None else compensator.a_scale.astype(jnp.float32)
+    scale = None if scale is None else scale.astype(jnp.float32)
     more = -rank % _PROJECTED_RANKS
     if more:
         a = jnp.pad(a, ((0, more), (0, 0)))

@@ -103,7 +103,7 @@ def int4_matmul_hopper(
     b: Shaped[Array, "N R"] | None,
     z: BFloat16[Array, "M R"] | None,
     a: Int8[Array, "L 128"] | None = None,
-    a_scale: Float32[Array, " R"] | None = None,
+    a_scale: Float32[Array, "64"] | None = None,
     *,
     config: HopperConfig,
     out_dtype: jnp.dtype,
@@ -112,7 +112,8 @@ def int4_matmul_hopper(
 ) -> Float[Array, "M N"]:
     """Compute `x W^T + bias + z b^T`, W in the order of `to_fragments`; R a multiple of 16.
 
-    Coordinates are given as `z`, or computed as `a_scale * (A x)` from `a` in the order of `factor_to_fragments`. With
+    Coordinates are given as `z`, or computed as `a_scale * (A x)` from `a` in the order of `factor_to_fragments`, with
+    zeros behind the R scales. With
     an activation, tiles of 64 output channels belong together two by two, and the result is [M, N / 2]:
     `activation(even tile) * odd tile`.
     The last block of rows of x may reach beyond M: the copy engine fills it with zeros and stores what is inside.
@@ -123,8 +124,6 @@ def int4_matmul_hopper(
     (m, k), n = x.shape, packed.shape[0]
     config.check(n=n, k=k, groups=scale.shape[0], projected=a is not None, paired=activation is not None)
     assert b is None or (b.shape[1] % RANK_STEP == 0 and (a is None) != (z is None))
-    if a_scale is not None:
-        a_scale = jnp.pad(a_scale, (0, SIDE - a_scale.shape[0]))
     optional = {"zero": zero, "bias": bias, "b": b, "z": z, "a": a, "a_scale": a_scale}
     given = {name: operand for name, operand in optional.items() if operand is not None}
     kernel = _Kernel(

@@ -34,8 +34,11 @@ KINDS = {
 
 
 def for_the_kernel(compensator: Compensator) -> Compensator:
-    return dataclasses.replace(
-        compensator, a=None, a_fragments=factor_to_fragments(compensator.a), bt=None, b=compensator.bt.T
+    scale = compensator.a_scale * compensator.bt_scale
+    return Compensator(
+        a_fragments=factor_to_fragments(compensator.a),
+        a_scale=jnp.pad(scale, (0, 64 - scale.size)),
+        b=compensator.bt.T,
     )
 
 
