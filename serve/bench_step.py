@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pallas_kernels.dispatch import is_hopper
-from serve.gpu import lay_out_for_hopper
+from serve.gpu import command_buffer_options, lay_out_for_hopper
 from serve.runner import Runner
 from serve.sampling import SamplingParams
 from spear_jax.cli import parse_flags, run_main
@@ -61,6 +61,9 @@ class StepConfig:
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of activations."""
+
+    command_buffers: Literal["default", "whole", "none"] = "default"
+    """How much of a step is one CUDA graph: as XLA has it, with the branches of sampling, or nothing."""
 
     steps: int = 50
     """Steps timed together."""
@@ -124,7 +127,14 @@ def _bank(key: Array, rank: int, layers: int, n: int, k: int) -> CompensatorBank
 def time_steps(model: Decoder, config: StepConfig, *, rows: int, profile: Path | None) -> float:
     """Give the median time of a decode step of `rows` sequences in milliseconds."""
     room = config.context + config.steps * (config.repeats + 2) + _CHUNK
-    runner = Runner(model, slots=rows, context=room, buckets=[min(_CHUNK, config.context)], lone_program=False)
+    runner = Runner(
+        model,
+        slots=rows,
+        context=room,
+        buckets=[min(_CHUNK, config.context)],
+        lone_program=False,
+        compiler_options=command_buffer_options(config.command_buffers) if jax.default_backend() == "gpu" else None,
+    )
     greedy = SamplingParams(max_tokens=1, temperature=0.0)
     chunk = runner.buckets[-1]
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, config.context).tolist()

@@ -1,6 +1,7 @@
 """A model as a Hopper GPU runs it: codes in the order of its tensor cores, compensators as its kernel reads them."""
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,24 @@ from pallas_kernels.packing import RANK_STEP, SIDE, factor_to_fragments
 from spear_jax.models.decoder import MODULES, Decoder, unstack
 from spear_jax.nn.linear import Linear
 from spear_jax.quant import QuantTensor
+
+type CommandBuffers = Literal["default", "whole", "none"]
+
+_COMMAND_BUFFERS = "xla_gpu_enable_command_buffer"
+_CAPTURED = ("FUSION", "CUBLAS", "CUBLASLT", "CUDNN", "CUSTOM_CALL", "DYNAMIC_SLICE_FUSION", "CONDITIONAL")
+"""What XLA of jax 0.11.2 captures by default."""
+
+
+def command_buffer_options(buffers: CommandBuffers) -> dict[str, str]:
+    """Give XLA's options for how much of a step it launches as one CUDA graph.
+
+    By default all up to the choice of random or greedy sampling is one, and the host waits for that choice in every
+    step, as branches with loops are left out; `whole` captures them too. `none` launches kernels one by one: only so
+    can a kernel start before the one ahead of it has ended, which is lost where each is captured by itself.
+    """
+    kinds: dict[CommandBuffers, str | None] = {"default": None, "whole": ",".join((*_CAPTURED, "WHILE")), "none": ""}
+    chosen = kinds[buffers]
+    return {} if chosen is None else {_COMMAND_BUFFERS: chosen}
 
 
 def lay_out_for_hopper(model: Decoder) -> Decoder:

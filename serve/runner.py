@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -51,6 +51,7 @@ class Runner:
         buckets: Sequence[int],
         lone_program: bool,
         logits: Logits = Decoder.logits,
+        compiler_options: Mapping[str, str] | None = None,
     ):
         self.slots = slots
         self.buckets = tuple(sorted(buckets))
@@ -72,9 +73,10 @@ class Runner:
                 ),
             )
         )
-        self._prefill = _jit(tree, _prefill, logits)
-        self._decode_all = _jit(tree, _decode_all, logits)
-        self._decode_one = _jit(tree, _decode_one, logits) if lone_program and slots > 1 else None
+        compiled = functools.partial(_jit, tree, logits=logits, options=compiler_options)
+        self._prefill = compiled(_prefill)
+        self._decode_all = compiled(_decode_all)
+        self._decode_one = compiled(_decode_one) if lone_program and slots > 1 else None
 
     @property
     def num_programs(self) -> int:
@@ -141,10 +143,16 @@ def _committed(arrays: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), arrays)
 
 
-def _jit(tree: Any, step: Callable[..., tuple[Array, DeviceState]], logits: Logits) -> Any:
+def _jit(
+    tree: Any,
+    step: Callable[..., tuple[Array, DeviceState]],
+    *,
+    logits: Logits,
+    options: Mapping[str, str] | None = None,
+) -> Any:
     """Compile `step(model, logits, state, ...)` as a function of the model's arrays, with the state donated."""
 
-    @functools.partial(jax.jit, donate_argnums=1)
+    @functools.partial(jax.jit, donate_argnums=1, compiler_options=dict(options or {}) or None)
     @functools.wraps(step)
     def run(leaves: list[Array], state: DeviceState, *args: Any) -> tuple[Array, DeviceState]:
         return step(jax.tree.unflatten(tree, leaves), logits, state, *args)

@@ -16,7 +16,7 @@ from serve.config import ServeConfig
 from serve.cpu import cpu_logits, lay_out_for_cpu
 from serve.engine import Engine
 from serve.gateway import Gateway, ModelInfo
-from serve.gpu import lay_out_for_hopper
+from serve.gpu import command_buffer_options, lay_out_for_hopper
 from serve.metrics import Metrics
 from serve.runner import Runner
 from serve.scheduler import SlotScheduler
@@ -98,6 +98,7 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console) -> Eng
             buckets=config.prefill_buckets,
             lone_program=jax.default_backend() == "cpu",
             logits=cpu_logits if dense else Decoder.logits,
+            compiler_options=command_buffer_options(config.command_buffers) if jax.default_backend() == "gpu" else None,
         )
         with phases.phase("compile", steps=runner.num_programs):
             for program in runner.warm_up():
