@@ -5,7 +5,7 @@ while a slice of packed int8 fuses with the kernel's read.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int8
+from jaxtyping import Array, Float, Int8
 
 SIDE = 64
 """Rows and columns of a block of `to_fragments`."""
@@ -67,11 +67,11 @@ def from_fragments(packed: Int8[Array, "*L N K/2"]) -> Int8[Array, "*L N K/2"]:
     return pack_int4(nibbles.transpose(*range(base), *order).reshape(*lead, n, 2 * half))
 
 
-def factor_to_fragments(a: Int8[Array, "*L R K"]) -> Int8[Array, "*L R*K/128 128"]:
-    """Reorder an int8 factor of low rank for Hopper's tensor cores: the same bytes, cut into nibbles.
+def factor_to_fragments(a: Float[Array, "*L R K"]) -> Float[Array, "*L R*K/64 64"]:
+    """Reorder a factor of low rank for Hopper's tensor cores, as it is the left operand of wgmma.
 
-    A value is 16 h + l with h in [-8, 7] and l in [0, 15]. Of 64 columns come first all h, then all l, each as
-    `to_fragments` orders codes h and l - 8, without rows that are not there: 512 bytes for 16 rows.
+    Of 64 columns come first those of rows 0 to 15: for each step of 16 columns, the registers a0 to a3 (see
+    `to_fragments`) of lane after lane of a warp. A warp reads 16 bytes a lane and step.
 
     Raises:
         ValueError: R is not 16, 32, 48 or 64, or K is not a multiple of 64.
@@ -79,22 +79,20 @@ def factor_to_fragments(a: Int8[Array, "*L R K"]) -> Int8[Array, "*L R*K/128 128
     *lead, rank, k = a.shape
     if rank % RANK_STEP or not 0 < rank <= SIDE or k % SIDE:
         raise ValueError(f"a factor must have a multiple of 16 rows up to 64, and of 64 columns, got [{rank}, {k}]")
-    filled = jnp.pad(a, (*((0, 0),) * len(lead), (0, SIDE - rank), (0, 0)))
-    planes = (to_fragments(pack_int4(plane)) for plane in (filled >> 4, (filled & 15) - 8))
-    slabs = [plane.reshape(*lead, k // SIDE, 4, -1)[..., : rank // RANK_STEP, :] for plane in planes]
-    return jnp.stack(slabs, axis=-3).reshape(*lead, -1, 128)
+    base = len(lead)
+    # slab, h, g, block, step, j, c, pair -> block, slab, step, g, c, j, h, pair
+    pieces = a.reshape(*lead, rank // RANK_STEP, 2, 8, k // SIDE, 4, 2, 4, 2)
+    order = [base + axis for axis in (3, 0, 4, 2, 6, 5, 1, 7)]
+    return pieces.transpose(*range(base), *order).reshape(*lead, -1, SIDE)
 
 
-def factor_from_fragments(fragments: Int8[Array, "*L R*K/128 128"], *, rank: int) -> Int8[Array, "*L R K"]:
+def factor_from_fragments(fragments: Float[Array, "*L R*K/64 64"], *, rank: int) -> Float[Array, "*L R K"]:
     """Undo `factor_to_fragments`."""
     *lead, lines, _ = fragments.shape
-    k = lines * 128 // rank
-    planes = fragments.reshape(*lead, k // SIDE, 2, rank // RANK_STEP, -1)
-    planes = jnp.pad(planes, (*((0, 0),) * (len(lead) + 2), (0, 4 - planes.shape[-2]), (0, 0)))
-    high, low = (
-        unpack_int4(from_fragments(planes[..., i, :, :].reshape(*lead, SIDE, k // 2)))[..., :rank, :] for i in range(2)
-    )
-    return (high << 4) + (low + 8)
+    base = len(lead)
+    pieces = fragments.reshape(*lead, lines // rank, rank // RANK_STEP, 4, 8, 4, 2, 2, 2)
+    order = [base + axis for axis in (1, 6, 3, 0, 2, 5, 4, 7)]
+    return pieces.transpose(*range(base), *order).reshape(*lead, rank, lines * SIDE // rank)
 
 
 def _check_sides(n: int, k: int) -> None:

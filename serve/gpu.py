@@ -77,30 +77,27 @@ def _alternate(rows: Array) -> Array:
 
 
 def _prepare(compensator: Compensator, *, paired: bool) -> Compensator:
-    """Transpose B, fill ranks up, and where there is no gate between them make one scale of A's and B's.
+    """Transpose B, and fill ranks up.
 
-    A static int8 A of ranks up to 64 goes into fragments, for the product to compute the coordinates as well.
-
-    Rows that are filled in add nothing, whatever the gate makes of them.
+    A static compensator gets an A in bfloat16 with all scales in it, up to a rank of 64 in fragments, for the product
+    to compute the coordinates as well. Rows that are filled in add nothing, whatever a gate makes of them.
     """
     more = -compensator.a.shape[0] % RANK_STEP
 
     def fill(rows: Array | None) -> Array | None:
         return None if rows is None else jnp.pad(rows, ((0, more), *((0, 0),) * (rows.ndim - 1)))
 
-    gate = compensator.gate
-    if gate is not None:
-        gate = dataclasses.replace(gate, w_in=fill(gate.w_in), w_out=fill(gate.w_out), b_out=fill(gate.b_out))
-    bt, a_scale, bt_scale = fill(compensator.bt), fill(compensator.a_scale), fill(compensator.bt_scale)
-    assert bt is not None
-    if gate is None and a_scale is not None and bt_scale is not None:
-        a_scale, bt_scale = a_scale * bt_scale, None
-    a, fragments = fill(compensator.a), None
+    gate, a, bt, fragments = compensator.gate, fill(compensator.a), fill(compensator.bt), None
+    scales = {"a_scale": fill(compensator.a_scale), "bt_scale": fill(compensator.bt_scale)}
     assert a is not None
-    if gate is None and a.dtype == jnp.int8 and a.shape[0] <= SIDE and a.shape[1] % SIDE == 0:
-        assert a_scale is not None
-        assert bt_scale is None
-        a, fragments = None, jax.jit(factor_to_fragments)(a)
-        a_scale = jnp.pad(a_scale, (0, SIDE - a_scale.shape[0]))
-    b = _alternate(bt.T) if paired else bt.T
-    return Compensator(a=a, a_fragments=fragments, b=b, a_scale=a_scale, bt_scale=bt_scale, gate=gate)
+    assert bt is not None
+    if gate is None:
+        a = a.astype(jnp.float32)
+        for scale in scales.values():
+            a = a if scale is None else a * scale.astype(jnp.float32)[:, None]
+        a, scales = a.astype(jnp.bfloat16), {}
+        if a.shape[0] <= SIDE and a.shape[1] % SIDE == 0:
+            a, fragments = None, jax.jit(factor_to_fragments)(a)
+    else:
+        gate = dataclasses.replace(gate, w_in=fill(gate.w_in), w_out=fill(gate.w_out), b_out=fill(gate.b_out))
+    return Compensator(a=a, a_fragments=fragments, b=_alternate(bt.T) if paired else bt.T, gate=gate, **scales)

@@ -95,15 +95,13 @@ def _check(x, packed, scale, layout, *, zero, bias, compensator, z) -> None:
             raise ValueError("int4_matmul: a compensator has either bt or b")
         if (compensator.a is None) == (compensator.a_fragments is None):
             raise ValueError("int4_matmul: a compensator has either a or a_fragments")
-        if compensator.a_fragments is not None and (compensator.a_scale is None or compensator.bt_scale is not None):
-            raise ValueError("int4_matmul: a_fragments go with scales of A and B in one, as a_scale")
         rank = compensator.rank
         expected |= {
             "compensator.a": (compensator.a, (rank, k)),
-            "compensator.a_fragments": (compensator.a_fragments, (rank * k // 128, 128)),
+            "compensator.a_fragments": (compensator.a_fragments, (rank * k // SIDE, SIDE)),
             "compensator.bt": (compensator.bt, (rank, n)),
             "compensator.b": (compensator.b, (n, rank)),
-            "compensator.a_scale": (compensator.a_scale, (rank if compensator.a_fragments is None else SIDE,)),
+            "compensator.a_scale": (compensator.a_scale, (rank,)),
             "compensator.bt_scale": (compensator.bt_scale, (rank,)),
             "z": (z, (*x.shape[:-1], rank)),
         }

@@ -21,7 +21,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, BFloat16, Float32, Int32
 
 from pallas_kernels.hopper import ROWS
-from pallas_kernels.packing import RANK_STEP, SIDE
+from pallas_kernels.packing import RANK_STEP, SIDE, factor_from_fragments
 
 CODE_BYTES = 128
 CODE_ROWS = SIDE * SIDE // 2 // CODE_BYTES
@@ -57,16 +57,14 @@ def read_words(ref, blocks: int, *, interpret: bool) -> Int32[Array, " W"]:
 
 
 def read_factor(ref, blocks: int, rank: int, *, interpret: bool) -> BFloat16[Array, "64 {blocks}*64"]:
-    """Load consecutive blocks of `factor_to_fragments` from shared memory and give them as a left operand of wgmma.
+    """Load consecutive blocks of `factor_to_fragments` from shared memory, as a left operand of wgmma.
 
     Rows from `rank` on repeat those before: a warp holds 16 rows, and each reads some.
     """
     slabs = rank // RANK_STEP
     if interpret:
-        planes = ref[...].reshape(blocks, 2, slabs, -1)[:, :, jnp.arange(4) % slabs]
-        words = jax.lax.bitcast_convert_type(planes.swapaxes(0, 1).reshape(2, -1, 4), jnp.int32)
-        high, low = (_unpack_in_jax(plane, SIDE * blocks, (), ())[0] for plane in words)
-        return high * 16 + (low + 8)
+        rows = factor_from_fragments(ref[...], rank=rank).reshape(slabs, RANK_STEP, -1)
+        return rows[jnp.arange(4) % slabs].reshape(SIDE, -1)
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(),),
@@ -78,17 +76,15 @@ def read_factor(ref, blocks: int, rank: int, *, interpret: bool) -> BFloat16[Arr
         thread = arith.remui(mgpu.utils.thread_idx(), arith.constant(i32, _THREADS))
         lane = arith.remui(thread, arith.constant(i32, _WARP))
         slab = arith.remui(arith.divui(thread, arith.constant(i32, _WARP)), arith.constant(i32, slabs))
-        first = arith.addi(arith.muli(slab, arith.constant(i32, _WARP)), lane)
-        vector_type = ir.VectorType.get((4,), i32)
+        first = arith.addi(arith.muli(slab, arith.constant(i32, 4 * _WARP)), lane)
+        vector_type, pair = ir.VectorType.get((4,), i32), ir.VectorType.get((2,), ir.BF16Type.get())
         pairs = []
         for block in range(blocks):
-            planes = []
-            for plane in range(2):
-                index = arith.addi(first, arith.constant(i32, (2 * block + plane) * slabs * _WARP))
-                planes.append(llvm.load(vector_type, mgpu.utils.getelementptr(pointer, [index], vector_type)))
             for step in range(4):
-                words = [vector.extract(plane, [], ir.DenseI64ArrayAttr.get([step])) for plane in planes]
-                pairs += _convert_bytes(*words)
+                index = arith.addi(first, arith.constant(i32, (4 * slabs * block + step) * _WARP))
+                words = llvm.load(vector_type, mgpu.utils.getelementptr(pointer, [index], vector_type))
+                words = [vector.extract(words, [], ir.DenseI64ArrayAttr.get([i])) for i in range(4)]
+                pairs += [llvm.bitcast(pair, word) for word in words]
         return _fragment(pairs, SIDE * blocks)
 
     return load(ref)  # pyright: ignore[reportCallIssue]
@@ -183,30 +179,6 @@ def _convert_word(word, offsets: tuple, factors: tuple) -> list:
     constraints = ",".join(["=&r"] * 4 + ["r"] * len(operands))
     pair = ir.VectorType.get((2,), ir.BF16Type.get())
     return [llvm.bitcast(pair, value) for value in _assemble(4, operands, "\n".join(lines), constraints)]
-
-
-def _convert_bytes(high, low) -> list:
-    """Turn a word of high nibbles and one of low ones into registers a0 to a3 of 16 high + low."""
-    i32 = _i32()
-    values = [
-        _convert_word(word, (arith.constant(i32, offset),) * 2, ())
-        for word, offset in ((high, 0x43084308), (low, 0x43004300))
-    ]
-    sixteen = arith.constant(i32, 0x41804180)
-    pair = ir.VectorType.get((2,), ir.BF16Type.get())
-    return [
-        llvm.bitcast(
-            pair,
-            llvm.inline_asm(
-                i32,
-                [llvm.bitcast(i32, h), sixteen, llvm.bitcast(i32, lo)],
-                "fma.rn.bf16x2 $0, $1, $2, $3;",
-                "=r,r,r,r",
-                has_side_effects=False,
-            ),
-        )
-        for h, lo in zip(*values, strict=True)
-    ]
 
 
 def _per_row(array) -> list:

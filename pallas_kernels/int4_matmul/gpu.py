@@ -32,9 +32,9 @@ _WAVE_COST = 40
 _SPARE_BYTES = 12_288
 """Shared memory left for scales of groups and low-rank factors."""
 
-_BLOCK_REGISTERS = 20
+_BLOCK_REGISTERS = 40
 _OTHER_REGISTERS = 24
-"""Registers of a thread that a block of 64 x 64 codes takes while it is converted, and that all else takes but sums.
+"""Registers of a thread that two blocks of 64 x 64 codes take on their way, and that all else takes but sums.
 
 Fitted to what ptxas reports: 65 to 113 registers, and spills where a thread has fewer.
 """
@@ -63,8 +63,8 @@ def int4_matmul_mosaic_gpu(
     """Compute what `int4_matmul` documents; z in bfloat16, and group scales too for more than 16 rows of x.
 
     Weights laid out by rows are reordered at every call, `bt` is transposed and ranks are filled up to multiples of 16:
-    for speed, bring weights into fragments and compensators into `a_fragments` and such a `b` once. Static compensators
-    in that form need no other kernel up to 64 rows of x.
+    for speed, bring weights into fragments, and compensators into such a `b` and into `a_fragments`, once. Static
+    compensators in that form need no other kernel up to 64 rows of x.
 
     Raises:
         NotImplementedError: x is not bfloat16, the result neither that nor float32, the GPU is no Hopper, or the shape
@@ -79,10 +79,9 @@ def int4_matmul_mosaic_gpu(
     m = rows.shape[0]
     if layout == "rows":
         rows, packed, scale, zero, bias = _pad_and_reorder(rows, packed, scale, zero, bias)
-    a = a_scale = b = None
+    a = b = None
     if compensator is not None and z is None and _projects_along(m, compensator):
         a, b = compensator.a_fragments, compensator.b
-        a_scale = compensator.a_scale.astype(jnp.float32)
     elif compensator is not None:
         z = _coordinates(x.reshape(m, k), compensator, interpret) if z is None else z
         z, b = _low_rank(z.reshape(m, -1), compensator, packed.shape[0])
@@ -94,7 +93,7 @@ def int4_matmul_mosaic_gpu(
         }
         config, _ = choose_config(m, packed.shape[0], rows.shape[1], **problem)
     y = int4_matmul_hopper(
-        *(rows, packed, scale, zero, bias, b, z, a, a_scale),
+        *(rows, packed, scale, zero, bias, b, z, a),
         config=config,
         out_dtype=out_dtype,
         activation=activation,
@@ -139,9 +138,9 @@ def _coordinates(
     gate, rank = compensator.gate, compensator.rank
     if x.shape[0] > MOST_ROWS or x.shape[1] % SIDE or (gate is not None and gate.probe is not None):
         return compensator_coordinates(x, compensator)
-    a, scale = compensator.rows_of_a()
+    a = compensator.rows_of_a()
     a = a if a.dtype == jnp.int8 else a.astype(jnp.bfloat16)
-    scale = None if scale is None else scale.astype(jnp.float32)
+    scale = None if compensator.a_scale is None else compensator.a_scale.astype(jnp.float32)
     more = -rank % _PROJECTED_RANKS
     if more:
         a = jnp.pad(a, ((0, more), (0, 0)))
@@ -210,11 +209,11 @@ class Shape:
         tiles = config.row_tiles + (self.rank > 0)
         if config.tile_m < RATIONED_ROWS:
             registers = thread_registers(tiles * config.k_parts + 1)
-            if config.tile_m // 2 + _BLOCK_REGISTERS * config.blocks + _OTHER_REGISTERS > registers:
+            if config.tile_m // 2 + _BLOCK_REGISTERS + _OTHER_REGISTERS > registers:
                 return False
         step = SIDE * config.blocks
         steps = self.k // SIDE // config.parts // config.blocks
-        slot = config.tile_m * step * 2 + config.row_tiles * SIDE * step // 2 + self.rank * step
+        slot = config.tile_m * step * 2 + config.row_tiles * SIDE * step // 2 + self.rank * step * 2
         ring = config.k_parts * min(config.slots, steps) * slot
         share = config.tile_m // config.reducers
         sums = config.parts * tiles * SIDE * share * 4 if config.parts > 1 else 0
@@ -238,7 +237,10 @@ def rank_by_rule(configs: list[HopperConfig], m: int, shape: Shape) -> list[Hopp
         waves = -(-blocks // _RESIDENT[config.splits])
         # A warpgroup waits more than it computes, so that up to four of them take no longer than one.
         work = _WARPGROUPS * (shape.k // SIDE // config.parts)
-        return waves * (work + _WAVE_COST), config.splits, -config.row_tiles, -config.blocks
+        # A copy is begun by one thread and takes it a tenth of a microsecond: few large ones, but two to take turns.
+        steps = shape.k // SIDE // config.parts // config.blocks
+        alone = min(config.slots, steps) < min(2, steps)
+        return waves * (work + _WAVE_COST), alone, config.splits, -config.row_tiles, -config.blocks
 
     return sorted(configs, key=cost)
 
@@ -250,11 +252,11 @@ def candidates(tile_m: int, shape: Shape) -> list[HopperConfig]:
     for row_tiles in (1, 2, 3, 4):
         for k_parts in (1,) if large else (1, 2, 4):
             for splits in (1, 2, 4) if large else (1, 2, 4, 8):
-                for blocks in (1,) if shape.groups > 1 else (1, 2):
+                for blocks in (1,) if large else (1, 2, 4, 7, 8):
                     if row_tiles * k_parts > (2 if large else _WARPGROUPS):
                         continue
                     config = HopperConfig(
-                        tile_m=tile_m, row_tiles=row_tiles, k_parts=k_parts, splits=splits, blocks=blocks, slots=2
+                        tile_m=tile_m, row_tiles=row_tiles, k_parts=k_parts, splits=splits, blocks=blocks, slots=1
                     )
                     if shape.fits(config):
                         found.append(_deepest(config, shape))
@@ -269,6 +271,6 @@ def _deepest(config: HopperConfig, shape: Shape) -> HopperConfig:
 
 def variants(config: HopperConfig, shape: Shape) -> list[HopperConfig]:
     """List the configurations that cut a shape up like `config` but pace their work differently, for tuning."""
-    paces = [(blocks, behind, slots) for blocks in (1, 2) for behind in (0, 1) for slots in (4, 6, 8, 12, 16)]
-    found = [dataclasses.replace(config, blocks=blocks, behind=behind, slots=slots) for blocks, behind, slots in paces]
+    paces = [(blocks, slots) for blocks in (1, 2, 4, 7, 8) for slots in (1, 2, 3, 4, 6, 8)]
+    found = [dataclasses.replace(config, blocks=blocks, slots=slots) for blocks, slots in paces]
     return [other for other in found if other != config and shape.fits(other)]

@@ -22,17 +22,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float, Float32, Int8, Shaped
+from jaxtyping import Array, BFloat16, Float, Int8, Shaped
 
 from pallas_kernels.hopper import WGMMA, Accumulator, feed_and_compute, hold, row_values, shared_tile
 from pallas_kernels.int4_matmul.fragments import CODE_BYTES, CODE_ROWS, read_factor, read_words, unpack_words
 from pallas_kernels.packing import RANK_STEP, SIDE
 
 _FEEDER_REGISTERS = 40
+_MOST_BLOCKS = 256 // CODE_ROWS
+"""Blocks of 64 columns in a copy: the copy engine takes 256 lines."""
+
+_PAIRED_COLUMNS = 32
 RATIONED_ROWS = 128
 """Rows of x in a tile from which on the computing warpgroups get registers of the feeding one."""
 
-_PAIRED_COLUMNS = 32
 _WARPGROUP = 128
 _MOST_THREADS = 1024
 MOST_PROJECTED_ROWS = 64
@@ -44,10 +47,10 @@ class HopperConfig:
     """How a product is cut up.
 
     `tile_m` rows of x a block takes (a multiple of 8, at most 256); `row_tiles` warpgroups side by side, 64 output
-    channels each; `k_parts` warpgroups and `splits` blocks of a cluster that share K; `blocks` of 64 columns in a step;
-    `slots` steps that are in shared memory or on the way there, more than `behind`; `behind` (0 or 1) steps whose
-    products may still run while the next step's codes are converted; `overlap` lets the kernel start while the one
-    before it still runs.
+    channels each; `k_parts` warpgroups and `splits` blocks of a cluster that share K; `blocks` of 64 columns in a step,
+    which one copy brings and which are converted one by one, each while the one before is multiplied;
+    `slots` steps that are in shared memory or on the way there; `overlap` lets the kernel start while the one before it
+    still runs.
     """
 
     tile_m: int
@@ -56,7 +59,6 @@ class HopperConfig:
     splits: int = 1
     blocks: int = 2
     slots: int = 4
-    behind: int = 0
     overlap: bool = True
 
     def check(self, *, n: int, k: int, groups: int, projected: bool = False, paired: bool = False) -> None:
@@ -72,16 +74,16 @@ class HopperConfig:
             raise NotImplementedError(f"paired tiles go two by two into a block, got row_tiles={self.row_tiles}")
         if self.tile_m % 8 or not 8 <= self.tile_m <= 256:
             raise NotImplementedError(f"tile_m must be a multiple of 8 up to 256, got {self.tile_m}")
-        if self.behind not in (0, 1) or self.slots <= self.behind:
-            raise NotImplementedError(f"behind must be 0 or 1 and less than slots, got {self.behind} and {self.slots}")
+        if self.blocks > _MOST_BLOCKS:
+            raise NotImplementedError(f"a copy brings {_MOST_BLOCKS} blocks at most, got {self.blocks}")
         if n % (SIDE * self.row_tiles):
             raise NotImplementedError(f"{n} output channels are no multiple of {self.row_tiles} tiles of {SIDE}")
         share = SIDE * self.k_parts * self.splits * self.blocks
         if k % share:
             raise NotImplementedError(f"{k} columns are no multiple of {share}: 64 x k_parts x splits x blocks")
         step, group = SIDE * self.blocks, k // groups
-        if groups > 1 and step % group and group % step:
-            raise NotImplementedError(f"groups of {group} columns and steps of {step}: neither is a multiple")
+        if groups > 1 and any(size % group and group % size for size in (step, SIDE)):
+            raise NotImplementedError(f"groups of {group} columns, blocks of {SIDE}, steps of {step}: no multiples")
 
     @property
     def parts(self) -> int:
@@ -102,8 +104,7 @@ def int4_matmul_hopper(
     bias: Float[Array, " N"] | None,
     b: Shaped[Array, "N R"] | None,
     z: BFloat16[Array, "M R"] | None,
-    a: Int8[Array, "L 128"] | None = None,
-    a_scale: Float32[Array, "64"] | None = None,
+    a: BFloat16[Array, "R*K/64 64"] | None = None,
     *,
     config: HopperConfig,
     out_dtype: jnp.dtype,
@@ -112,8 +113,7 @@ def int4_matmul_hopper(
 ) -> Float[Array, "M N"]:
     """Compute `x W^T + bias + z b^T`, W in the order of `to_fragments`; R a multiple of 16.
 
-    Coordinates are given as `z`, or computed as `a_scale * (A x)` from `a` in the order of `factor_to_fragments`, with
-    zeros behind the R scales. With
+    Coordinates are given as `z`, or computed as `A x` from `a` in the order of `factor_to_fragments`. With
     an activation, tiles of 64 output channels belong together two by two, and the result is [M, N / 2]:
     `activation(even tile) * odd tile`.
     The last block of rows of x may reach beyond M: the copy engine fills it with zeros and stores what is inside.
@@ -124,7 +124,7 @@ def int4_matmul_hopper(
     (m, k), n = x.shape, packed.shape[0]
     config.check(n=n, k=k, groups=scale.shape[0], projected=a is not None, paired=activation is not None)
     assert b is None or (b.shape[1] % RANK_STEP == 0 and (a is None) != (z is None))
-    optional = {"zero": zero, "bias": bias, "b": b, "z": z, "a": a, "a_scale": a_scale}
+    optional = {"zero": zero, "bias": bias, "b": b, "z": z, "a": a}
     given = {name: operand for name, operand in optional.items() if operand is not None}
     kernel = _Kernel(
         config,
@@ -187,12 +187,12 @@ class _Kernel:
 
     @property
     def slots(self) -> int:
-        return max(min(self.config.slots, self.steps), self.config.behind + 1)
+        return min(self.config.slots, self.steps)
 
     @property
     def piece(self) -> int:
-        """Columns that one chain of wgmma takes: a step's, or a group's where those are fewer."""
-        return min(SIDE * self.config.blocks, self.k // self.groups)
+        """Columns that one chain of wgmma takes: a block's, or a group's where those are fewer."""
+        return min(SIDE, self.k // self.groups)
 
     @property
     def scaled_weights(self) -> bool:
@@ -205,8 +205,13 @@ class _Kernel:
 
     @property
     def pieces(self) -> int:
-        """Chains of wgmma in a step."""
-        return SIDE * self.config.blocks // self.piece
+        """Chains of wgmma in a block."""
+        return SIDE // self.piece
+
+    @property
+    def step_groups(self) -> int:
+        """Groups of columns that a step has scales of."""
+        return max(1, SIDE * self.config.blocks * self.groups // self.k)
 
     def scratch(self, scale, zero, b) -> dict:
         config = self.config
@@ -229,10 +234,11 @@ class _Kernel:
         if self.paired:
             pairs = config.row_tiles // 2
             # In float32 a large tile would take the room of two slots.
-            shapes["odd_tile"] = shared_tile((pairs, SIDE, share), jnp.float32 if share <= SIDE else jnp.bfloat16)
+            dtype = jnp.dtype(jnp.float32 if share <= SIDE else jnp.bfloat16)
+            shapes["odd_tile"] = shared_tile((pairs, SIDE, share), dtype, row=_PAIRED_COLUMNS * dtype.itemsize)
             shapes["odd_full"] = plgpu.Barrier(num_barriers=pairs)
         if self.groups > 1:
-            values = (config.k_parts, self.slots, self.pieces, SIDE * config.row_tiles)
+            values = (config.k_parts, self.slots, self.step_groups, SIDE * config.row_tiles)
             shapes["scale_ring"] = plgpu.SMEM(values, scale.dtype)
             if zero is not None:
                 shapes["zero_ring"] = plgpu.SMEM(values, zero.dtype)
@@ -244,8 +250,7 @@ class _Kernel:
             shapes["z_tile"] = shared_tile(z_shape, jnp.bfloat16, row=rank * 2)
             shapes["z_full"] = plgpu.Barrier()
         if self.projected:
-            lines = config.blocks * self.rank * SIDE // CODE_BYTES
-            shapes["a_ring"] = plgpu.SMEM((config.k_parts, self.slots, lines, CODE_BYTES), jnp.int8)
+            shapes["a_ring"] = plgpu.SMEM((config.k_parts, self.slots, config.blocks * self.rank, SIDE), jnp.bfloat16)
         return shapes
 
     def __call__(self, **refs) -> None:
@@ -271,18 +276,15 @@ class _Kernel:
         def block(i, part):
             return (lax.axis_index("split") * config.k_parts + part) * self.part_blocks + i * config.blocks
 
-        def copy_lines(source, ring, i, part, slot, barrier):
-            count = ring.shape[-2]
-            lines = pl.ds(block(i, part) * (count // config.blocks), count)
-            plgpu.copy_gmem_to_smem(source(lines), ring.at[part, slot], barrier)
-
         def copy_weights(i, part, slot):
-            barrier = full.at[part * self.slots + slot]
-            copy_lines(lambda lines: packed.at[tiles, lines], code_ring, i, part, slot, barrier)
-            if (factor := a) is not None:
-                copy_lines(lambda lines: factor.at[lines], refs["a_ring"], i, part, slot, barrier)
+            barrier, first = full.at[part * self.slots + slot], block(i, part)
+            lines = pl.ds(first * CODE_ROWS, config.blocks * CODE_ROWS)
+            plgpu.copy_gmem_to_smem(packed.at[tiles, lines], code_ring.at[part, slot], barrier)
+            if a is not None:
+                factors = pl.ds(first * self.rank, config.blocks * self.rank)
+                plgpu.copy_gmem_to_smem(a.at[factors], refs["a_ring"].at[part, slot], barrier)
             if self.groups > 1:
-                groups = pl.ds(block(i, part) * SIDE * self.groups // self.k, self.pieces)
+                groups = pl.ds(first * SIDE * self.groups // self.k, self.step_groups)
                 for name, values in {"scale_ring": scale, "zero_ring": zero}.items():
                     if values is not None:
                         plgpu.copy_gmem_to_smem(values.at[groups, channels], refs[name].at[part, slot], barrier)
@@ -349,7 +351,7 @@ class _Kernel:
         pl.when(coordinates)(lambda: self._project(k_part, **refs))
         pl.when(~coordinates)(lambda: self._multiply(k_part, tile, **refs))
 
-    def _project(self, k_part, *, x_ring, a_ring, full, empty, a_scale=None, z_tile, z_full, **refs) -> None:
+    def _project(self, k_part, *, x_ring, a_ring, full, empty, z_tile, z_full, **refs) -> None:
         """Multiply A with a part of K and bring the parts together, for the other warpgroups to multiply with B."""
         config = self.config
 
@@ -358,9 +360,11 @@ class _Kernel:
                 slot = lax.rem(i, jnp.int32(self.slots))
                 place = k_part * self.slots + slot
                 plgpu.barrier_wait(full.at[place])
-                factor = read_factor(a_ring.at[k_part, slot], config.blocks, self.rank, interpret=self.interpret)
-                plgpu.wgmma(acc, factor, x_ring.at[k_part, slot].T)
-                plgpu.wgmma_wait(0)
+                for block in range(config.blocks):
+                    lines = a_ring.at[k_part, slot, pl.ds(block * self.rank, self.rank)]
+                    factor = read_factor(lines, 1, self.rank, interpret=self.interpret)
+                    plgpu.wgmma(acc, factor, x_ring.at[k_part, slot, :, pl.ds(block * SIDE, SIDE)].T)
+                    plgpu.wgmma_wait(1 if block + 1 < config.blocks else 0)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(empty.at[place])
 
@@ -368,8 +372,6 @@ class _Kernel:
             return hold(acc[...], interpret=self.interpret)
 
         def finish(z, _):
-            if a_scale is not None:
-                z = z * lax.broadcast_in_dim(row_values(a_scale), z.shape, (0,))
             z_tile.T[...] = plgpu.layout_cast(z.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.commit_smem()
             plgpu.barrier_arrive(z_full)
@@ -387,53 +389,50 @@ class _Kernel:
         tile = lax.axis_index("n") * config.row_tiles + row_tile
         rows = pl.ds(tile * SIDE, SIDE)
 
-        def group_values(ring, slot, dtype):
-            channels = pl.ds(row_tile * SIDE, SIDE)
-            return tuple(row_values(ring.at[k_part, slot, j, channels]).astype(dtype) for j in range(self.pieces))
-
         row_scale = row_zero = None
         if self.groups == 1:
             row_scale = row_values(scale.at[0, rows]).astype(jnp.float32)
             row_zero = None if zero is None else row_values(zero.at[0, rows]).astype(jnp.int32)
-        behind = 0 if self.groups > 1 and not self.scaled_weights else config.behind
 
-        def place(i):
-            return k_part * self.slots + lax.rem(i, jnp.int32(self.slots))
+        def group_values(ring, slot, first, dtype):
+            """Give the values of the groups of a block that begins at column `first` of a step."""
+            channels, group = pl.ds(row_tile * SIDE, SIDE), self.k // self.groups
+            places = [(first + j * self.piece) // group for j in range(self.pieces)]
+            return tuple(row_values(ring.at[k_part, slot, place, channels]).astype(dtype) for place in places)
 
-        def multiply(i, acc, total, *, first=False):
+        def multiply(i, acc, total):
             slot = lax.rem(i, jnp.int32(self.slots))
-            plgpu.barrier_wait(full.at[place(i)])
-            scales, zeros = (), () if row_zero is None else (row_zero,) * self.pieces
-            if self.groups > 1:
-                scales = group_values(refs["scale_ring"], slot, jnp.float32)
-                zeros = () if zero is None else group_values(refs["zero_ring"], slot, jnp.int32)
-            words = read_words(code_ring.at[k_part, slot, row_tile], config.blocks, interpret=self.interpret)
-            weights = unpack_words(
-                words,
-                columns=self.piece,
-                zeros=zeros,
-                scales=scales if self.scaled_weights else (),
-                interpret=self.interpret,
-            )
-            columns = [x_ring.at[k_part, slot, :, pl.ds(j * self.piece, self.piece)] for j in range(self.pieces)]
-            if acc is not None:
-                for weight, column in zip(weights, columns, strict=True):
-                    plgpu.wgmma(acc, weight, column.T)
-                plgpu.wgmma_wait(behind)
-            else:
-                total = total + self._scaled_sum(weights, columns, scales)
+            place = k_part * self.slots + slot
+            plgpu.barrier_wait(full.at[place])
+            for block in range(config.blocks):
+                first = block * SIDE
+                scales, zeros = (), () if row_zero is None else (row_zero,) * self.pieces
+                if self.groups > 1:
+                    scales = group_values(refs["scale_ring"], slot, first, jnp.float32)
+                    zeros = () if zero is None else group_values(refs["zero_ring"], slot, first, jnp.int32)
+                lines = pl.ds(block * CODE_ROWS, CODE_ROWS)
+                weights = unpack_words(
+                    read_words(code_ring.at[k_part, slot, row_tile, lines], 1, interpret=self.interpret),
+                    columns=self.piece,
+                    zeros=zeros,
+                    scales=scales if self.scaled_weights else (),
+                    interpret=self.interpret,
+                )
+                starts = [first + j * self.piece for j in range(self.pieces)]
+                columns = [x_ring.at[k_part, slot, :, pl.ds(start, self.piece)] for start in starts]
+                if acc is not None:
+                    for weight, column in zip(weights, columns, strict=True):
+                        plgpu.wgmma(acc, weight, column.T)
+                    plgpu.wgmma_wait(self.pieces if block + 1 < config.blocks else 0)
+                else:
+                    total = total + self._scaled_sum(weights, columns, scales)
             plgpu.commit_smem()  # what threads have read is next written by the copy engine
-            if not (behind and first):
-                plgpu.barrier_arrive(empty.at[place(i - behind)])
+            plgpu.barrier_arrive(empty.at[place])
             return total
 
         def run(acc):
             total = jnp.float32(0) if acc is not None else plgpu.layout_cast(self._zeros(), WGMMA)
-            total = multiply(jnp.int32(0), acc, total, first=True)
-            total = lax.fori_loop(1, self.steps, lambda i, total: multiply(i, acc, total), total)
-            if behind:
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(empty.at[place(jnp.int32(self.steps - 1))])
+            total = lax.fori_loop(0, self.steps, lambda i, total: multiply(i, acc, total), total)
             return total if acc is None else hold(acc[...], interpret=self.interpret)
 
         if self.groups == 1 or self.scaled_weights:

@@ -55,10 +55,9 @@ class Gate:
 class Compensator:
     """A gated low-rank term `B (g(z) * z)` with `z = A x` that is added to a quantized product.
 
-    Shapes: a [R, K]; bt [R, N], the transpose of B, so that rank is the leading axis of both. The GPU kernel reads
-    other forms, which may stand in their places: a_fragments, int8 `a` as `packing.factor_to_fragments` orders it, with
-    scales of A and B in one, a_scale [64], filled up with zeros; and b [N, R]. Each factor is floating, or int8 with
-    one float scale per rank coordinate ([R]).
+    Shapes: a [R, K]; bt [R, N], the transpose of B, so that rank is the leading axis of both. Each is floating, or int8
+    with one float scale per rank coordinate ([R]). The GPU kernel reads other forms, which may stand in their places:
+    b [N, R], and a_fragments, a bfloat16 `a` with all scales in it as `packing.factor_to_fragments` orders it.
     `gate` None means `g = 1`: a static low-rank term.
     """
 
@@ -75,8 +74,6 @@ class Compensator:
         """Coordinates, R."""
         return self.b.shape[1] if self.bt is None else self.bt.shape[0]
 
-    def rows_of_a(self) -> tuple[Any, Any]:
-        """Give A as [R, K] and its scales [R] or None, whichever form they are kept in."""
-        if self.a is not None:
-            return self.a, self.a_scale
-        return factor_from_fragments(self.a_fragments, rank=self.rank), self.a_scale[: self.rank]
+    def rows_of_a(self) -> Any:
+        """Give A as [R, K], whichever form it is kept in."""
+        return factor_from_fragments(self.a_fragments, rank=self.rank) if self.a is None else self.a

@@ -32,7 +32,7 @@ def dequantize(
 
 def compensator_coordinates(x: Float[Array, "*B K"], compensator: Compensator) -> Float[Array, "*B R"]:
     """Compute the gated low-rank coordinates, `g(z) * z` with `z = A x`, in float32 (SPEAR, section 2)."""
-    z = _project(x, *compensator.rows_of_a())
+    z = _project(x, compensator.rows_of_a(), compensator.a_scale)
     gate = compensator.gate
     if gate is None:
         return z

@@ -39,7 +39,7 @@ def product(problem: dict[str, Any]):
         "z": array((m, rank), BF16) if rank and not problem["projected"] else None,
     }
     if problem["projected"]:
-        operands |= {"a": array((k * rank // 128, 128), jnp.int8), "a_scale": array((64,), jnp.float32)}
+        operands["a"] = array((rank * k // 64, 64), BF16)
 
     def run(operands):
         return int4_matmul_hopper(**operands, config=config, out_dtype=BF16, activation=problem["activation"])

@@ -73,7 +73,7 @@ PRODUCTS = tuned() | {
     "coordinates along, one row": product(1, 4096, 14336, **ALONG, tile_m=8, row_tiles=4, splits=8),
     "coordinates along, silu": product(16, 28672, 4096, **ALONG, activation="silu", tile_m=16, row_tiles=4),
     "coordinates along, silu, 64 rows": product(
-        64, 28672, 4096, **ALONG, activation="silu", tile_m=64, row_tiles=4, blocks=1, slots=6
+        64, 28672, 4096, **ALONG, activation="silu", tile_m=64, row_tiles=2, blocks=2, slots=4
     ),
     "rank 64 along, groups of 128": product(
         32, 4096, 4096, rank=64, projected=True, group=128, tile_m=32, row_tiles=2, splits=2, slots=3

@@ -32,7 +32,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "parts of K alone": {"tile_m": 32, "k_parts": 4, "blocks": 1},
     "cluster of 2": {"tile_m": 32, "k_parts": 2, "splits": 2, "blocks": 2},
     "cluster of 4": {"tile_m": 64, "splits": 4, "blocks": 2},
-    "products run behind": {"tile_m": 16, "blocks": 1, "behind": 1, "slots": 2},
+    "four blocks at a time": {"tile_m": 16, "blocks": 4, "slots": 1},
     "tile of 128": {"tile_m": 128, "splits": 2, "blocks": 1},
     "tile of 256": {"tile_m": 256, "row_tiles": 2, "blocks": 1},
 }
@@ -53,7 +53,7 @@ QUICK = {
     ("cluster of 2", "channel"),
     ("cluster of 4", "channel, asymmetric, bias, rank 5"),
     ("cluster of 4", "group 32"),
-    ("products run behind", "channel, asymmetric, bias, rank 5"),
+    ("four blocks at a time", "channel, asymmetric, bias, rank 5"),
     ("tile of 128", "group 128, asymmetric, bias, rank 5"),
     ("tile of 128", "group 32"),
     ("tile of 256", "channel, asymmetric, bias, rank 5"),
@@ -201,6 +201,7 @@ def test_what_the_kernel_cannot_do(kernel):
     refused("tile_m must be a multiple of 8 up to 256, got 12", HopperConfig(tile_m=12))
     refused("tile_m must be a multiple of 8 up to 256, got 264", HopperConfig(tile_m=264))
     refused("64 output channels are no multiple of 2 tiles of 64", HopperConfig(tile_m=8, row_tiles=2))
+    refused("a copy brings 16 blocks at most, got 32", HopperConfig(tile_m=8, blocks=32))
     refused("128 columns are no multiple of 256", HopperConfig(tile_m=8, splits=2, blocks=2))
     refused("96 columns in groups of 48", packed=packed[:, :48], x=x[:, :96], scale=jnp.ones((64, 2)))
     refused(r"no configuration fits a weight \[64, 192\] with 2 groups", **wide(2))
