@@ -229,7 +229,9 @@ class _Kernel:
         if self.paired:
             pairs = config.row_tiles // 2
             # In float32 a large tile would take the room of two slots.
-            shapes["odd_tile"] = shared_tile((pairs, SIDE, share), jnp.float32 if share <= SIDE else jnp.bfloat16)
+            dtype = jnp.dtype(jnp.float32 if share <= SIDE else jnp.bfloat16)
+            row = min(share, _PAIRED_COLUMNS) * dtype.itemsize  # no swizzled piece is wider than what is read at a time
+            shapes["odd_tile"] = shared_tile((pairs, SIDE, share), dtype, row=row)
             shapes["odd_full"] = plgpu.Barrier(num_barriers=pairs)
         if self.groups > 1:
             values = (config.k_parts, self.slots, self.pieces, SIDE * config.row_tiles)
