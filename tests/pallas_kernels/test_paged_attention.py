@@ -338,6 +338,8 @@ def test_what_the_gpu_kernel_cannot_do_is_said(case: Case, message: str):
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="stages a multiple of parts"):
         HopperConfig(parts=2, stages=3)
+    with pytest.raises(ValueError, match="a cluster is of"):
+        HopperConfig(splits=3, cluster=True)
 
 
 def test_a_single_sequence_is_split_and_many_are_not():
@@ -345,6 +347,8 @@ def test_a_single_sequence_is_split_and_many_are_not():
     assert choose_config(1, 8, 4, **shape).splits >= 8
     assert choose_config(32, 8, 4, **shape).splits <= 2
     assert choose_config(1, 8, 1024, **shape).row_tiles == 2
+    short = choose_config(1, 8, 4, **(shape | {"capacity": 1024}))
+    assert (short.splits, short.cluster) == (8, True)
 
 
 def test_tuned_settings_come_first(monkeypatch):
