@@ -29,26 +29,27 @@ def suits_pages(config: ModelConfig, dtype: Any) -> bool:
 class PagedKVCache:
     """Keys and values of `slots` slots of `pages` pages each, `k` and `v`: [L * slots * pages, K, PAGE, H].
 
-    Page j of slot s in layer i is number `(i * slots + s) * pages + j`, so that the table of pages is counted off and
-    a scanned layer needs no slice of its own; L is 1 where each layer has a cache of its own.
+    Page j of slot s in layer i is number `i * slots * pages + table[s, j]`, so that a scanned layer needs no slice of
+    its own; L is 1 where each layer has a cache of its own. `table`, int32 [slots, pages], is counted off and never
+    changes: it is kept as counting it in a step would be a launch in each layer.
     """
 
     k: Any
     v: Any
-    slots: int = dataclasses.field(metadata={"static": True})
-    pages: int = dataclasses.field(metadata={"static": True})
+    table: Any
 
     @classmethod
     def zeros(cls, config: ModelConfig, *, layers: int, slots: int, length: int, dtype: Any) -> "PagedKVCache":
         """Make an empty cache of `length` tokens or a few more a slot."""
         pages = -(-length // PAGE)
         shape = (layers * slots * pages, config.num_kv_heads, PAGE, config.head_dim)
-        return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), slots=slots, pages=pages)
+        table = jnp.arange(slots * pages, dtype=jnp.int32).reshape(slots, pages)
+        return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), table=table)
 
     @property
     def length(self) -> int:
         """Positions a slot has room for."""
-        return self.pages * PAGE
+        return self.table.shape[1] * PAGE
 
     def attend_slot(
         self,
@@ -65,7 +66,7 @@ class PagedKVCache:
     ) -> tuple[Float[Array, "1 T N H"], "PagedKVCache"]:
         """Write keys and values at rising contiguous `positions` of a slot, and attend to that slot."""
         del window
-        table = self._table(layer, jnp.asarray(slot, jnp.int32)[None])
+        table = self._table(layer)[slot][None]
         numbers, rows = table[0, positions[0] // PAGE], positions[0] % PAGE
 
         def write(pages: Float[Array, "P K page H"], new: Float[Array, "1 T K H"]) -> Float[Array, "P K page H"]:
@@ -98,11 +99,9 @@ class PagedKVCache:
         qkv = jnp.concatenate([q, k, v], axis=2)[:, 0]
         cos, sin = rope
         rotation = jnp.stack([jnp.tile(cos[:, 0], 2), jnp.concatenate([-sin[:, 0], sin[:, 0]], axis=-1)], axis=1)
-        table = self._table(layer, jnp.arange(self.slots, dtype=jnp.int32))
         lengths = jnp.where(live, positions + 1, 0)
-        out, keys, values = paged_decode(qkv, rotation, self.k, self.v, table, lengths, scale=scale)
+        out, keys, values = paged_decode(qkv, rotation, self.k, self.v, self._table(layer), lengths, scale=scale)
         return out[:, None], dataclasses.replace(self, k=keys, v=values)
 
-    def _table(self, layer: Index, slots: Int32[Array, " B"]) -> Int32[Array, "B M"]:
-        first = (layer * self.slots + slots) * self.pages
-        return first[:, None] + jnp.arange(self.pages, dtype=jnp.int32)
+    def _table(self, layer: Index) -> Int32[Array, "S M"]:
+        return self.table + layer * self.table.size

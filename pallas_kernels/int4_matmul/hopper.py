@@ -235,7 +235,9 @@ class _Kernel:
             pairs = config.row_tiles // 2
             # In float32 a large tile would take the room of two slots.
             dtype = jnp.dtype(jnp.float32 if share <= SIDE else jnp.bfloat16)
-            shapes["odd_tile"] = shared_tile((pairs, SIDE, share), dtype, row=_PAIRED_COLUMNS * dtype.itemsize)
+            shapes["odd_tile"] = shared_tile(
+                (pairs, SIDE, share), dtype, row=min(share, _PAIRED_COLUMNS) * dtype.itemsize
+            )
             shapes["odd_full"] = plgpu.Barrier(num_barriers=pairs)
         if self.groups > 1:
             values = (config.k_parts, self.slots, self.step_groups, SIDE * config.row_tiles)

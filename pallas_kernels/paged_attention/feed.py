@@ -1,6 +1,7 @@
 """Paged attention on Hopper: a block's shared memory, and how queries, keys and values get there."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,12 +30,17 @@ class Block:
     @property
     def result_dtype(self) -> jnp.dtype:
         """Type of what is stored: float32 where splits are still to be brought together."""
-        return self.problem.out_dtype if self.config.splits == 1 else jnp.dtype(jnp.float32)
+        return jnp.dtype(jnp.float32) if self.config.apart else self.problem.out_dtype
 
     @property
     def out_columns(self) -> int:
         """Columns of the result that are stored at a time: float32 goes in halves, to leave shared memory to keys."""
-        return self.h * 2 // self.result_dtype.itemsize
+        return TILE if self.config.cluster else self.h * 2 // self.result_dtype.itemsize
+
+    @property
+    def reducers(self) -> int:
+        """Blocks of a cluster that bring results together, each for as many tiles of 64 columns."""
+        return math.gcd(self.config.splits, self.h // TILE)
 
     @property
     def piece(self) -> int:
@@ -72,15 +78,23 @@ class Block:
             "v_full": full,
             "k_empty": empty,
             "v_empty": empty,
-            "out_tile": plgpu.SMEM((config.row_tiles, TILE, self.out_columns), self.result_dtype),
+            "out_tile": plgpu.SMEM(
+                (config.row_tiles, TILE, self.out_columns), jnp.float32 if config.cluster else self.result_dtype
+            ),
         }
+        if config.cluster:
+            rows, columns = self.tile_rows, self.h // TILE // self.reducers
+            shapes["all_out"] = shared_tile((config.splits, columns, rows, TILE), jnp.float32)
+            shapes["all_sums"] = shared_tile((config.splits, rows, TILE), jnp.float32)
+            shapes["all_full"] = plgpu.Barrier(num_arrivals=config.splits * (columns + 1))
+            shapes["result_tile"] = plgpu.SMEM((columns, rows, TILE), self.result_dtype)
         if self.problem.appends:
             shapes["new_rows"] = plgpu.SMEM((3, h), kv_dtype)
             shapes["new_full"] = plgpu.Barrier(num_arrivals=4)
         if quantized:
             shapes["wide_tile"] = shared_tile((config.warpgroups, TILE, h), jnp.bfloat16)
             shapes["k_scales"] = shapes["v_scales"] = plgpu.SMEM((config.stages, TILE), jnp.float32)
-        if config.splits > 1:
+        if config.apart:
             shapes["sums_tile"] = plgpu.SMEM((config.row_tiles, TILE), jnp.float32)
         if config.parts > 1:
             others = (config.parts - 1, config.row_tiles)

@@ -1,5 +1,8 @@
 """`paged_attention` on a Hopper GPU: brings operands into the kernel's form and chooses how to cut the work up."""
 
+import itertools
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -8,12 +11,13 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.hopper import SHARED_BYTES
 from pallas_kernels.paged_attention.hopper import paged_attention_hopper
-from pallas_kernels.paged_attention.plan import ALIGNED, TILE, HopperConfig, Problem
+from pallas_kernels.paged_attention.plan import ALIGNED, CLUSTERS, TILE, HopperConfig, Problem, aligned_rows
 from pallas_kernels.paged_attention.reference import append_xla
 
 _KV_TYPES = (jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn)
 _WIDEST_HEAD = 256
-_MULTIPROCESSORS = 132
+_RESIDENT = {1: 132, 2: 132, 4: 120, 8: 104}
+"""Blocks that run at a time, by the size of their clusters; measured, see `int4_matmul.gpu`."""
 
 _SPARE_BYTES = 6_144
 """Shared memory left for barriers, scales and sums."""
@@ -21,8 +25,8 @@ _SPARE_BYTES = 6_144
 _START_COST = 4
 """What it costs to start a block, in the time that a multiprocessor takes to read a tile of keys and values."""
 
-_COMBINE_COST = 3
-"""What it costs to bring splits together by one more kernel, likewise."""
+_COMBINE_COST = {"xla": 6, "cluster": 1}
+"""What it costs to bring splits together, likewise: by three more kernels, or in a cluster."""
 
 
 def paged_attention_mosaic_gpu(
@@ -176,10 +180,11 @@ def rank_by_rule(configs: list[HopperConfig], b: int, kv_heads: int, rows: int, 
     def cost(config: HopperConfig) -> tuple:
         tiles = -(-rows // (TILE * config.row_tiles))
         blocks = b * kv_heads * tiles * config.splits
-        waves = -(-blocks // _MULTIPROCESSORS)
+        waves = -(-blocks // _RESIDENT[config.splits if config.cluster else 1])
+        combine = 0 if config.splits == 1 else _COMBINE_COST["cluster" if config.cluster else "xla"]
         share = -(-capacity // TILE // config.splits)
         return (
-            waves * (share + _START_COST) + _COMBINE_COST * (config.splits > 1),
+            waves * (share + _START_COST) + combine,
             config.splits,
             -config.warpgroups,
             -config.stages,
@@ -197,19 +202,24 @@ def candidates(rows: int, *, head_dim: int, capacity: int, kv_bytes: int) -> lis
         for splits in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64):
             if splits > 1 and capacity < 2 * TILE * parts * splits:
                 continue
-            for stages in (8, 6, 4, 3, 2):
-                if stages % parts:
+            for cluster, stages in itertools.product((True, False), (8, 6, 4, 3, 2)):
+                if stages % parts or (cluster and (splits not in CLUSTERS or rows > TILE)):
                     continue
-                config = HopperConfig(row_tiles=row_tiles, parts=parts, splits=splits, stages=stages)
-                if _shared_bytes(config, head_dim, kv_bytes) <= SHARED_BYTES:
+                config = HopperConfig(row_tiles=row_tiles, parts=parts, splits=splits, cluster=cluster, stages=stages)
+                if _shared_bytes(config, rows, head_dim, kv_bytes) <= SHARED_BYTES:
                     found.append(config)
     return found
 
 
-def _shared_bytes(config: HopperConfig, head_dim: int, kv_bytes: int) -> int:
+def _shared_bytes(config: HopperConfig, rows: int, head_dim: int, kv_bytes: int) -> int:
     tile = TILE * head_dim
     ring = 2 * config.stages * (tile * kv_bytes + (4 * TILE if kv_bytes == 1 else 0))
     wide = config.warpgroups * tile * 2 * (2 if kv_bytes == 1 else 1)
     out = config.row_tiles * tile * 2
     merged = (config.parts - 1) * config.row_tiles * tile * 4
-    return ring + wide + out + merged + _SPARE_BYTES
+    gathered = 0
+    if config.cluster:
+        columns = head_dim // math.gcd(config.splits, head_dim // TILE)
+        out, few = TILE * TILE * 4, aligned_rows(rows)
+        gathered = few * (config.splits * (columns + TILE) * 4 + columns * 2)
+    return ring + wide + out + merged + gathered + _SPARE_BYTES

@@ -9,9 +9,12 @@ in return scores become the left operand of the next product without leaving the
 round, as in `int4_matmul`, would have them go through shared memory, and maxima across warps.)
 
 `parts` warpgroups of a block take turns with tiles, so that one multiplies while another waits; their sums meet in
-shared memory. `splits` blocks share the keys of a sequence; what each found, and the logarithm of its sum, goes to
-global memory, and XLA brings it together: a cluster would do without that, but larger clusters leave multiprocessors
-empty (`int4_matmul.gpu`), and a single sequence needs more than the eight blocks that a cluster may have.
+shared memory. `splits` blocks share the keys of a sequence; what each found, and the logarithm of its sum, meet in
+shared memory of their cluster, in fixed order. A long single sequence may want more than the eight blocks that a
+cluster can have: then both go to global memory, and XLA brings them together, which takes three launches more.
+
+What a block of a cluster has found goes to the others transposed, 64 columns of the result by eight rows or a few times
+that: a register array has 64 rows at least, of which decoding fills four, and all 64 would take longer than the keys.
 
 A decode step may leave rotating and the write to the cache to the kernel too (`Problem.appends`): every block turns its
 few query rows in shared memory, and the block with a sequence's last tile turns the new key, stores key and value by
@@ -37,6 +40,7 @@ from pallas_kernels.paged_attention.plan import ALIGNED, TILE, HopperConfig, Pro
 _FEEDER_REGISTERS = 72
 
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+_TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 _UPCAST = plgpu.Layout.WGMMA_UPCAST_2X
 
 
@@ -77,22 +81,25 @@ def paged_attention_hopper(
     out_rows = problem.rows if padded <= TILE else padded
     assert not problem.appends or (padded <= TILE and config.row_tiles == 1)
     tiles = -(-padded // TILE)
-    out = [jax.ShapeDtypeStruct((config.splits, b, kv_heads, out_rows, h), kernel.result_dtype)]
-    if config.splits > 1:
+    out = [jax.ShapeDtypeStruct((config.splits if config.apart else 1, b, kv_heads, out_rows, h), kernel.result_dtype)]
+    if config.apart:
         out.append(jax.ShapeDtypeStruct((config.splits, b, kv_heads, tiles * TILE), jnp.float32))
     optional = {"k_scale": k_scale, "v_scale": v_scale, "window": window, "rotation": rotation}
     given = {name: operand for name, operand in optional.items() if operand is not None}
     shared = kernel.scratch(jnp.dtype(k_pages.dtype))
-    names = (*given, "out", *(("sums_out",) if config.splits > 1 else ()), *shared)
+    names = (*given, "out", *(("sums_out",) if config.apart else ()), *shared)
 
     def body(q, k, v, table, lengths, starts, *rest):
         kernel(q=q, k=k, v=v, table=table, lengths=lengths, starts=starts, **dict(zip(names, rest, strict=True)))
 
+    grid, names_of_grid = (kv_heads, b, tiles // config.row_tiles), ("head", "sequence", "rows")
     run = plgpu.kernel(
         body,
         out_type=out,
-        grid=(config.splits, kv_heads, b, tiles // config.row_tiles),
-        grid_names=("split", "head", "sequence", "rows"),
+        grid=grid if config.cluster else (config.splits, *grid),
+        grid_names=names_of_grid if config.cluster else ("split", *names_of_grid),
+        cluster=(config.splits,) if config.cluster else (),
+        cluster_names=("split",) if config.cluster else (),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=list(shared.values()),
@@ -100,7 +107,7 @@ def paged_attention_hopper(
         interpret=interpret,
     )
     result = run(q, k_pages, v_pages, page_table, lengths, starts, *given.values())
-    if config.splits == 1:
+    if not config.apart:
         return result[0], None
     if not problem.appends:
         return result[0], result[1][..., :out_rows]
@@ -284,15 +291,21 @@ class _Kernel(Block):
                 high, sums = new, sums * fade + other_sum * other_fade
             self._store((out, high, sums), row_tile, **refs)
 
-    def _store(self, carry, row_tile, *, out, out_tile, sums_out=None, sums_tile=None, **_) -> None:
+    def _store(self, carry, row_tile, *, out, out_tile, sums_out=None, sums_tile=None, **refs) -> None:
         acc, top, total = carry
         acc = acc * _across(jnp.where(total > 0, 1 / total, 0.0), acc.shape)
-        place = tuple(lax.axis_index(name) for name in ("split", "sequence", "head"))
+        split = lax.axis_index("split")
+        place = (split if self.config.apart else 0, lax.axis_index("sequence"), lax.axis_index("head"))
         first = (lax.axis_index("rows") * self.config.row_tiles + row_tile) * TILE
         rows = min(TILE, out.shape[3])
         target = out.at[*place, pl.ds(0 if rows < TILE else first, rows)]
+        sums = jnp.where(total > 0, top + jnp.log2(total), -jnp.inf)
+        if self.config.cluster:
+            self._send(acc, sums, out_tile.at[0], **refs)
+            pl.when(split < self.reducers)(lambda: self._receive(target, rows, **refs))
+            return
         if sums_tile is not None:
-            sums_tile[row_tile] = jnp.where(total > 0, top + jnp.log2(total), -jnp.inf)
+            sums_tile[row_tile] = sums
         for column in range(0, self.h, self.out_columns):
             columns = pl.ds(column, self.out_columns)
             out_tile[row_tile] = acc[:, column : column + self.out_columns].astype(self.result_dtype)
@@ -302,6 +315,41 @@ class _Kernel(Block):
         if sums_out is not None and sums_tile is not None:
             plgpu.copy_smem_to_gmem(sums_tile.at[row_tile], sums_out.at[*place, pl.ds(first, TILE)])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def _send(self, acc, sums, out_tile, *, all_out, all_sums, all_full, **_) -> None:
+        """Give each of the blocks that bring results together its columns of this block's, and the sums."""
+        split, columns = lax.axis_index("split"), all_out.shape[1]
+
+        def send(value, place, blocks) -> None:
+            out_tile[...] = value
+            plgpu.commit_smem()
+            piece = plgpu.load(out_tile.at[pl.ds(0, self.tile_rows)].T, layout=_TRANSPOSED, optimized=False)
+            plgpu.commit_smem()  # all have read before any writes what comes next
+            for block in blocks:
+                plgpu.async_store_smem(piece, place.T, all_full, cluster_idx=jnp.int32(block), cluster_dim="split")
+
+        send(_across(sums, (TILE, TILE)), all_sums.at[split], range(self.reducers))
+        for i in range(self.h // TILE):
+            send(acc[:, i * TILE : (i + 1) * TILE], all_out.at[split, i % columns], [i // columns])
+
+    def _receive(self, target, count, *, all_out, all_sums, all_full, result_tile, **_) -> None:
+        """Average what the blocks of the cluster found, each weighed by its sum, and store it."""
+        plgpu.barrier_wait(all_full)
+        splits, columns = range(self.config.splits), all_out.shape[1]
+        sums = [plgpu.load(all_sums.at[i].T, layout=_TRANSPOSED) for i in splits]
+        top = functools.reduce(jnp.maximum, sums)
+        finite = jnp.where(top == -jnp.inf, 0.0, top)
+        weights = [jnp.exp2(value - finite) for value in sums]
+        total = functools.reduce(jnp.add, weights)
+        factor = jnp.where(total > 0, 1 / total, 0.0)
+        for j in range(columns):
+            parts = [plgpu.load(all_out.at[i, j].T, layout=_TRANSPOSED) * weights[i] for i in splits]
+            result_tile.at[j].T[...] = (functools.reduce(jnp.add, parts) * factor).astype(self.result_dtype)
+        plgpu.commit_smem()
+        for j in range(columns):
+            place = pl.ds((lax.axis_index("split") * columns + j) * TILE, TILE)
+            plgpu.copy_smem_to_gmem(result_tile.at[j, pl.ds(self.first_row(), count)], target.at[:, place])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _across(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:

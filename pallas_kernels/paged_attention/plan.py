@@ -10,6 +10,9 @@ from jax import lax
 TILE = 64
 """Keys of a tile, and query rows of a warpgroup."""
 
+CLUSTERS = (2, 4, 8)
+"""Blocks that a cluster may have."""
+
 ALIGNED = 8
 """Rows of which the copy engine brings whole multiples into a tile, from a multiple on."""
 
@@ -19,19 +22,28 @@ class HopperConfig:
     """How the work is cut up.
 
     `row_tiles` warpgroups with 64 query rows each; `parts` warpgroups that share each row tile's keys; `splits` blocks
-    that share a sequence's keys; `stages` tiles of keys and of values in shared memory, a multiple of `parts`;
-    `overlap` lets the kernel start while the one before it still runs.
+    that share a sequence's keys; `cluster` has those blocks, up to eight, bring their results together instead of XLA;
+    `stages` tiles of keys and of values in shared memory, a multiple of `parts`; `overlap` lets the kernel start while
+    the one before it still runs.
     """
 
     row_tiles: int = 1
     parts: int = 2
     splits: int = 1
+    cluster: bool = False
     stages: int = 4
     overlap: bool = True
 
     def __post_init__(self) -> None:
         if min(self.row_tiles, self.parts, self.splits, self.stages) < 1 or self.stages % self.parts:
             raise ValueError(f"sizes must be positive, and stages a multiple of parts, got {self}")
+        if self.cluster and (self.row_tiles > 1 or self.splits not in CLUSTERS):
+            raise ValueError(f"a cluster is of {CLUSTERS} splits, for one tile of rows, got {self}")
+
+    @property
+    def apart(self) -> bool:
+        """Say whether XLA is left to bring splits together."""
+        return self.splits > 1 and not self.cluster
 
     @property
     def warpgroups(self) -> int:
@@ -61,11 +73,16 @@ class Problem:
 
     def padded_rows(self, config: HopperConfig) -> int:
         """Rows to which q is filled up: of whole tiles, or of the eight-row pieces that TMA copies."""
-        if self.appends:  # heads are read from a multiple of eight on
-            return -(-(self.group + ALIGNED - math.gcd(self.group, ALIGNED)) // ALIGNED) * ALIGNED
+        if self.appends:
+            return aligned_rows(self.group)
         if self.rows <= TILE and config.row_tiles == 1:
             return -(-self.rows // 8) * 8
         return -(-self.rows // (TILE * config.row_tiles)) * TILE * config.row_tiles
+
+
+def aligned_rows(group: int) -> int:
+    """Give the rows that hold any head's group of rows when they are read from a multiple of eight on."""
+    return -(-(group + ALIGNED - math.gcd(group, ALIGNED)) // ALIGNED) * ALIGNED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

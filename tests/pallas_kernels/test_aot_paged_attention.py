@@ -48,7 +48,18 @@ PROBLEMS = {
     "chunk, window": Problem(sequences=2, tokens=256, windowed=True),
     "chunk, split": Problem(sequences=1, tokens=64),
 }
+CLUSTER = {"parts": 1, "splits": 8, "cluster": True, "stages": 4}
+PROBLEMS |= {
+    "cluster of eight": Problem(sequences=1, config=CLUSTER),
+    "cluster of four, 16 rows, int8": Problem(group=12, kv_dtype="int8", config=CLUSTER | {"splits": 4, "stages": 2}),
+    "cluster of two, heads of 64": Problem(head_dim=64, config=CLUSTER | {"parts": 2, "splits": 2}),
+    "cluster of two, heads of 192": Problem(head_dim=192, kv_heads=1, config=CLUSTER | {"splits": 2, "stages": 2}),
+}
 APPENDING = {
+    "appending, cluster of eight": Problem(sequences=1, page=64, entries=32, config=CLUSTER),
+    "appending, cluster of four, groups of seven": Problem(
+        group=7, kv_heads=8, page=64, entries=32, config={"parts": 2, "splits": 4, "cluster": True, "stages": 2}
+    ),
     "appending": Problem(page=64, entries=128),
     "appending, one sequence": Problem(sequences=1, page=64, entries=128),
     "appending, groups of seven": Problem(group=7, kv_heads=4, page=64, entries=128),

@@ -27,6 +27,9 @@ CONFIGS = {
     "one warpgroup": HopperConfig(parts=1, stages=1),
     "three splits": HopperConfig(parts=1, splits=3, stages=2),
     "more stages than tiles": HopperConfig(parts=2, stages=6),
+    "cluster of two": HopperConfig(parts=2, splits=2, cluster=True, stages=2),
+    "cluster of four": HopperConfig(parts=1, splits=4, cluster=True, stages=1),
+    "cluster of eight": HopperConfig(parts=1, splits=8, cluster=True, stages=1),
     "two tiles of rows": HopperConfig(row_tiles=2, parts=1, stages=2),
     "two tiles of rows, split": HopperConfig(row_tiles=2, parts=2, splits=2, stages=2),
 }
@@ -135,7 +138,7 @@ def kernel(operands, keywords, *, config, interpret):
 
 def _pairs():
     """Every case once, with configurations in turn."""
-    names = itertools.cycle([name for name in CONFIGS if not name.startswith("two")])
+    names = itertools.cycle([name for name in CONFIGS if not name.startswith(("two", "cluster"))])
     yield from zip(CASES, names, strict=False)
     yield from [
         ("chunk", "two tiles of rows"),
@@ -146,10 +149,18 @@ def _pairs():
         ("empty_sequences", "three splits"),
         ("window", "parts and splits"),
         ("fp8", "parts and splits"),
+        ("empty_sequences", "cluster of two"),
+        ("window", "cluster of four"),
     ]
 
 
-@pytest.mark.parametrize(("case", "config"), list(dict.fromkeys(_pairs())))
+_SLOW = [("decode", "cluster of eight"), ("empty_sequences", "cluster of four"), ("int8", "cluster of two")]
+
+
+@pytest.mark.parametrize(
+    ("case", "config"),
+    [*dict.fromkeys(_pairs()), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in _SLOW)],
+)
 def test_the_hopper_kernel_equals_the_reference(interpreted, interpreter, case: str, config: str):
     operands, keywords = CASES[case].operands(seed=1)
     call = functools.partial(kernel, config=CONFIGS[config], interpret=interpreter.PARAMS)
@@ -169,6 +180,7 @@ DECODES = {
     "one head a group": Decode(lengths=(3, 70), group=1, kv_heads=8, config=HopperConfig(parts=1, stages=2)),
     "pages of 16": Decode(lengths=(130, 129), page=16, config=HopperConfig(parts=1, splits=3, stages=1)),
     "pages of 128": Decode(lengths=(300, 128), page=128, config=HopperConfig(parts=2, stages=2)),
+    "cluster": Decode(lengths=(130, 0), config=HopperConfig(parts=2, splits=2, cluster=True, stages=2)),
     "heads of 256": Decode(lengths=(70,), h=256, config=None),
     "heads of 64": Decode(lengths=(70, 0), h=64, config=None),
     "few key heads": Decode(lengths=(70,), group=3, kv_heads=1, config=None),
@@ -326,6 +338,8 @@ def test_what_the_gpu_kernel_cannot_do_is_said(case: Case, message: str):
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="stages a multiple of parts"):
         HopperConfig(parts=2, stages=3)
+    with pytest.raises(ValueError, match="a cluster is of"):
+        HopperConfig(splits=3, cluster=True)
 
 
 def test_a_single_sequence_is_split_and_many_are_not():
@@ -333,6 +347,8 @@ def test_a_single_sequence_is_split_and_many_are_not():
     assert choose_config(1, 8, 4, **shape).splits >= 8
     assert choose_config(32, 8, 4, **shape).splits <= 2
     assert choose_config(1, 8, 1024, **shape).row_tiles == 2
+    short = choose_config(1, 8, 4, **(shape | {"capacity": 1024}))
+    assert (short.splits, short.cluster) == (8, True)
 
 
 def test_tuned_settings_come_first(monkeypatch):
