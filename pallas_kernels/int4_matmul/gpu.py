@@ -72,7 +72,7 @@ def int4_matmul_mosaic_gpu(
         rows, packed, scale, zero, bias = _pad_and_reorder(rows, packed, scale, zero, bias)
     b = None
     if compensator is not None:
-        z = _coordinates(x.reshape(m, k), compensator, interpret) if z is None else z
+        z = coordinates(x.reshape(m, k), compensator, interpret) if z is None else z
         z, b = _low_rank(z.reshape(m, -1), compensator, packed.shape[0])
     if config is None:
         config, _ = choose_config(
@@ -102,7 +102,7 @@ def _pad_and_reorder(x, packed, scale, zero, bias) -> tuple:
     return x, packed, scale, zero, bias
 
 
-def _coordinates(
+def coordinates(
     x: Float[Array, "M K"], compensator: Compensator, interpret: plgpu.InterpretGPUParams | bool
 ) -> Float[Array, "M R"]:
     """Compute the gated coordinates, `A x` by a kernel of its own where there are few rows of x."""
