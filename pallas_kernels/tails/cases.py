@@ -46,7 +46,7 @@ class Case:
         gate = None
         if self.gated:
             gate = Gate(w_in=normal(r, hidden), b_in=normal(hidden), w_out=normal(r, hidden), b_out=normal(r))
-        if self.probes:
+        if gate is not None and self.probes:
             probe, w_probe = normal(self.probes, self.k) * self.k**-0.5, normal(self.probes, hidden)
             gate = dataclasses.replace(gate, probe=probe, w_probe=w_probe)
         bt = jnp.zeros((r, 64), jnp.int8)

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.int4_matmul import Compensator
+from pallas_kernels.tails import glu_project
 from spear_jax.config import UNLIMITED_WINDOW, ModelConfig
 from spear_jax.nn.attention import Attend, Index, causal_attend
 from spear_jax.nn.linear import Linear, RMSNorm
@@ -89,19 +90,42 @@ class Layer(nnx.Module):
         tap: Tap | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Run the layer with its own `compensators`; `tap(name, x)` sees the input of each of the four linears."""
+        x, update, cache = self.unsummed(
+            *(x, None, ropes, cache), layer=layer, window=window, attend=attend, compensators=compensators, tap=tap
+        )
+        return x + update, cache
+
+    def unsummed(
+        self,
+        x: Float[Array, "B T D"],
+        update: Float[Array, "B T D"] | None,
+        ropes: Ropes,
+        cache: Any = None,
+        *,
+        layer: Index,
+        window: Index,
+        attend: Attend = causal_attend,
+        compensators: Mapping[str, Compensator | None] | None = None,
+        tap: Tap | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], Any]:
+        """Run the layer on `x + update`, and give its own result as such a pair, as `RMSNorm.of_sum` takes it.
+
+        On a GPU that spares an addition between layers its launch.
+        """
         config, own = self.config, compensators or {}
 
-        def apply(name: str, x: Array) -> Array:
+        def apply(name: str, x: Array, z: Array | None = None) -> Array:
             if tap is not None:
                 tap(name, x)
             with jax.named_scope(name):
-                return getattr(self, name)(x, compensator=own.get(name))
+                return getattr(self, name)(x, compensator=own.get(name), z=z)
 
-        def add(residual: Array, update: Array, norm: RMSNorm | None) -> Array:
-            return residual + (update if norm is None else norm(update))
+        def normed(update: Array, norm: RMSNorm | None) -> Array:
+            return update if norm is None else norm(update)
 
         with jax.named_scope("attention"):
-            qkv = apply("qkv", self.input_norm(x))
+            normal, x, z = self.input_norm.of_sum(x, update, compensator=own.get("qkv"))
+            qkv = apply("qkv", normal, z)
             q, k, v = jnp.split(qkv, np.cumsum([config.num_heads, config.num_kv_heads]) * config.head_dim, axis=-1)
             q, k, v = (y.reshape(*y.shape[:-1], -1, config.head_dim) for y in (q, k, v))
             if self.q_norm is not None and self.k_norm is not None:
@@ -109,16 +133,14 @@ class Layer(nnx.Module):
             cos, sin = _select_rope(ropes, window, config)
             q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
             attended, cache = attend(q, k, v, cache, layer=layer, window=window, scale=config.scale)
-            x = add(x, apply("o", attended.reshape(*x.shape[:2], -1)), self.attn_out_norm)
+            update = normed(apply("o", attended.reshape(*x.shape[:2], -1)), self.attn_out_norm)
         with jax.named_scope("mlp"):
-            gate, up = jnp.split(apply("gate_up", self.mlp_norm(x)), 2, axis=-1)
-            activation = jax.nn.silu if config.activation == "silu" else _gelu_tanh
-            x = add(x, apply("down", activation(gate) * up), self.mlp_out_norm)
-        return x, cache
-
-
-def _gelu_tanh(x: Array) -> Array:
-    return jax.nn.gelu(x, approximate=True)
+            normal, x, z = self.mlp_norm.of_sum(x, update, compensator=own.get("gate_up"))
+            product, z = glu_project(
+                apply("gate_up", normal, z), activation=config.activation, compensator=own.get("down")
+            )
+            update = normed(apply("down", product, z), self.mlp_out_norm)
+        return x, update, cache
 
 
 def _select_rope(ropes: Ropes, window: Index, config: ModelConfig) -> tuple[Array, Array]:
@@ -194,15 +216,15 @@ class Decoder(nnx.Module):
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x, ropes = self.embedded(tokens), self.ropes(positions)
+        x, update, ropes = self.embedded(tokens), None, self.ropes(positions)
         windows = self.config.windows
         with jax.named_scope("layers"):
             if isinstance(self.layers, nnx.List):
                 partial = attend if isinstance(attend, jax.tree_util.Partial) else jax.tree_util.Partial(attend)
-                caches = []
+                caches, update = [], jnp.zeros_like(x)  # rather than None: the first layer is traced with the others
                 for i, layer in enumerate(self.layers):
                     own, part = self.compensators_of(i), None if cache is None else cache[i]
-                    x, part = _separate_layer(layer, x, ropes, part, partial, own, window=windows[i])
+                    x, update, part = _separate_layer(layer, x, update, ropes, part, partial, own, window=windows[i])
                     caches.append(part)
                 cache = None if cache is None else tuple(caches)
             else:
@@ -215,7 +237,7 @@ class Decoder(nnx.Module):
                 indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
                 inputs = (self.layers, indices, jnp.asarray(windows, jnp.int32))
                 (x, cache), _ = jax.lax.scan(body, (x, cache), inputs)
-        return self.final_norm(x), cache
+        return self.final_norm.of_sum(x, update)[0], cache
 
     @jax.named_scope("embed")
     def embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -276,18 +298,19 @@ class SeparateCompensators(nnx.Module):
 def _separate_layer(
     layer: Layer,
     x: Float[Array, "B T D"],
+    update: Float[Array, "B T D"],
     ropes: Ropes,
     cache: Any,
     attend: jax.tree_util.Partial,
     compensators: dict[str, Compensator | None],
     *,
     window: int,
-) -> tuple[Float[Array, "B T D"], Any]:
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], Any]:
     """Run one of several separate layers, with a cache of its own.
 
     Jitted so that a program of thirty layers is traced from one: 15 of 23 s of a warm start were tracing.
     """
-    return layer(x, ropes, cache, layer=0, window=window, attend=attend, compensators=compensators)
+    return layer.unsummed(x, update, ropes, cache, layer=0, window=window, attend=attend, compensators=compensators)
 
 
 def unstack(model: Decoder) -> Decoder:
