@@ -1,6 +1,6 @@
 """Where values stop being finite: the layer and the module to name when training has to stop."""
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
@@ -31,20 +31,30 @@ def first_not_finite(model: Decoder, tokens: Int[Array, "B T"], *, attend: Atten
 def _watched(layer: Layer) -> tuple[Layer, list[str]]:
     """Give a layer that, as it runs, fills a list with the names of what is not finite, in order."""
     found: list[str] = []
-
-    def watch(name: str, part: Linear | RMSNorm) -> Callable[..., Array]:
-        def call(x: Array, **options: Any) -> Array:
-            y = part(x, **options)
-            if not (_finite(x) and _finite(y)):
-                found.append(name if _finite(x) else f"the input of {name}")
-            return y
-
-        return call
-
     for name in (*MODULES, *NORMS):
         if (part := getattr(layer, name)) is not None:
-            setattr(layer, name, watch(name, part))
+            setattr(layer, name, _Watch(name, part, found))
     return layer, found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Watch:
+    """Runs a part of a layer, and adds its name to `found` where it gives or gets what is not finite."""
+
+    name: str
+    part: Linear | RMSNorm
+    found: list[str]
+
+    def __call__(self, x: Array, **options: Any) -> Array:
+        y = self.part(x, **options)
+        if not (_finite(x) and _finite(y)):
+            self.found.append(self.name if _finite(x) else f"the input of {self.name}")
+        return y
+
+    def of_sum(self, residual: Array, update: Array | None, **_: Any) -> tuple[Array, Array, None]:
+        """Do what `RMSNorm.of_sum` does, leaving coordinates to the product that wants them."""
+        total = residual if update is None else residual + update
+        return self(total), total, None
 
 
 def broken_gradients(gradient: dict[str, Any], ranks: dict[str, tuple[int, ...]]) -> str | None:

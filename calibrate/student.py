@@ -55,8 +55,15 @@ class GateConfig:
 class TrainedLinear(Linear):
     """A dense linear whose products, and so those of its gradient, are all of the activations' type."""
 
-    def __call__(self, x: Float[Array, "*B K"], *, compensator: Compensator | None = None) -> Float[Array, "*B N"]:
-        """Apply the layer; a gate is computed in float32."""
+    def __call__(
+        self,
+        x: Float[Array, "*B K"],
+        *,
+        compensator: Compensator | None = None,
+        z: Float[Array, "*B R"] | None = None,
+    ) -> Float[Array, "*B N"]:
+        """Apply the layer; a gate is computed in float32. Coordinates of another type than x's are not taken."""
+        del z
         assert not isinstance(self.weight, QuantTensor)
         y = jnp.einsum("...k,nk->...n", x, self.weight[...])
         if self.bias is not None:

@@ -111,8 +111,14 @@ class CpuLinear(nnx.Module):
         """Take a stack of linears apart."""
         return [cls(_arrays(linear, np.int32(layer))) for layer in range(linear.weight.shape[0])]
 
-    def __call__(self, x: Float[Array, "*B K"], *, compensator: Compensator | None = None) -> Float[Array, "*B N"]:
-        """Apply the layer."""
+    def __call__(
+        self,
+        x: Float[Array, "*B K"],
+        *,
+        compensator: Compensator | None = None,
+        z: Float[Array, "*B R"] | None = None,
+    ) -> Float[Array, "*B N"]:
+        """Apply the layer; `z` are the compensator's gated coordinates where they are already known."""
         if self.codes is not None and self.scale is not None and math.prod(x.shape[:-1]) == 1:
             y = code_row(x.reshape(-1), self.codes[...], self.scale[...]).reshape(*x.shape[:-1], -1)
         else:
@@ -121,8 +127,8 @@ class CpuLinear(nnx.Module):
         if self.bias is not None:
             y = y + self.bias[...]
         if compensator is not None:
-            z = jax.lax.optimization_barrier(compensator_coordinates(x, compensator))
-            y = jax.lax.optimization_barrier(y + low_rank_output(z, compensator))
+            known = compensator_coordinates(x, compensator) if z is None else z
+            y = jax.lax.optimization_barrier(y + low_rank_output(jax.lax.optimization_barrier(known), compensator))
         return y
 
 

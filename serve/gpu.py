@@ -33,6 +33,10 @@ def command_buffer_options(buffers: CommandBuffers) -> dict[str, str]:
     return {} if chosen is None else {_COMMAND_BUFFERS: chosen}
 
 
+_ALONE = ("o", "down")
+"""Linears whose input no norm makes."""
+
+
 def lay_out_for_hopper(model: Decoder) -> Decoder:
     """Give a model of stacked layers with separate ones: int4 linears in fragments, B as [N, R], R filled up to 16s.
 
@@ -46,7 +50,7 @@ def lay_out_for_hopper(model: Decoder) -> Decoder:
             setattr(layer, name, _lay_out(getattr(layer, name), paired=name == "gate_up" and _paired(model)))
     for name, compensators in separate.compensators.items():
         paired = name == "gate_up" and _paired(model)
-        compensators.layers = nnx.List([_prepare(compensator, paired=paired) for compensator in compensators.layers])
+        compensators.layers = nnx.List([_prepare(one, name, paired=paired) for one in compensators.layers])
     return separate
 
 
@@ -76,28 +80,29 @@ def _alternate(rows: Array) -> Array:
     return jnp.swapaxes(rows.reshape(2, -1, SIDE, *rows.shape[1:]), 0, 1).reshape(rows.shape)
 
 
-def _prepare(compensator: Compensator, *, paired: bool) -> Compensator:
-    """Transpose B, and fill ranks up.
+def _prepare(compensator: Compensator, name: str, *, paired: bool) -> Compensator:
+    """Transpose B, fill ranks up, and where there is no gate between them make one scale of A's and B's.
 
-    A static compensator gets an A in bfloat16 with all scales in it, up to a rank of 64 in fragments, for the product
-    to compute the coordinates as well. Rows that are filled in add nothing, whatever a gate makes of them.
+    A norm computes coordinates of what it gives. Where none stands before, a static compensator gets an A in fragments,
+    with the scales in it, for the product to compute them. Rows that are filled in add nothing, whatever a gate makes
+    of them.
     """
     more = -compensator.a.shape[0] % RANK_STEP
 
     def fill(rows: Array | None) -> Array | None:
         return None if rows is None else jnp.pad(rows, ((0, more), *((0, 0),) * (rows.ndim - 1)))
 
-    gate, a, bt, fragments = compensator.gate, fill(compensator.a), fill(compensator.bt), None
-    scales = {"a_scale": fill(compensator.a_scale), "bt_scale": fill(compensator.bt_scale)}
+    gate, a, bt = compensator.gate, fill(compensator.a), fill(compensator.bt)
+    a_scale, bt_scale = fill(compensator.a_scale), fill(compensator.bt_scale)
     assert a is not None
     assert bt is not None
-    if gate is None:
-        a = a.astype(jnp.float32)
-        for scale in scales.values():
-            a = a if scale is None else a * scale.astype(jnp.float32)[:, None]
-        a, scales = a.astype(jnp.bfloat16), {}
-        if a.shape[0] <= SIDE and a.shape[1] % SIDE == 0:
-            a, fragments = None, jax.jit(factor_to_fragments)(a)
-    else:
+    b = _alternate(bt.T) if paired else bt.T
+    if gate is not None:
         gate = dataclasses.replace(gate, w_in=fill(gate.w_in), w_out=fill(gate.w_out), b_out=fill(gate.b_out))
-    return Compensator(a=a, a_fragments=fragments, b=_alternate(bt.T) if paired else bt.T, gate=gate, **scales)
+        return Compensator(a=a, b=b, a_scale=a_scale, bt_scale=bt_scale, gate=gate)
+    if a_scale is not None and bt_scale is not None:
+        a_scale, bt_scale = a_scale * bt_scale, None
+    if name in _ALONE and bt_scale is None and a.shape[0] <= SIDE and a.shape[1] % SIDE == 0:
+        a = a.astype(jnp.float32) if a_scale is None else a.astype(jnp.float32) * a_scale[:, None]
+        return Compensator(a_fragments=jax.jit(factor_to_fragments)(a.astype(jnp.bfloat16)), b=b)
+    return Compensator(a=a, b=b, a_scale=a_scale, bt_scale=bt_scale)

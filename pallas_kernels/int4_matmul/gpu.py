@@ -83,7 +83,7 @@ def int4_matmul_mosaic_gpu(
     if compensator is not None and z is None and _projects_along(m, compensator):
         a, b = compensator.a_fragments, compensator.b
     elif compensator is not None:
-        z = _coordinates(x.reshape(m, k), compensator, interpret) if z is None else z
+        z = coordinates(x.reshape(m, k), compensator, interpret) if z is None else z
         z, b = _low_rank(z.reshape(m, -1), compensator, packed.shape[0])
     if config is None:
         problem = {
@@ -131,7 +131,7 @@ def _pad_and_reorder(x, packed, scale, zero, bias) -> tuple:
     return x, packed, scale, zero, bias
 
 
-def _coordinates(
+def coordinates(
     x: Float[Array, "M K"], compensator: Compensator, interpret: plgpu.InterpretGPUParams | bool
 ) -> Float[Array, "M R"]:
     """Compute the gated coordinates, `A x` by a kernel of its own where there are few rows of x."""

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.int4_matmul import Compensator
+from pallas_kernels.tails import glu_project
 from spear_jax.config import UNLIMITED_WINDOW, ModelConfig
 from spear_jax.nn.attention import Attend, Index, causal_attend
 from spear_jax.nn.linear import Linear, RMSNorm
@@ -89,37 +90,61 @@ class Layer(nnx.Module):
         tap: Tap | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Run the layer with its own `compensators`; `tap(name, x)` sees the input of each of the four linears."""
+        x, update, cache = self.unsummed(
+            *(x, None, ropes, cache), layer=layer, window=window, attend=attend, compensators=compensators, tap=tap
+        )
+        return x + update, cache
+
+    def unsummed(
+        self,
+        x: Float[Array, "B T D"],
+        update: Float[Array, "B T D"] | None,
+        ropes: Ropes,
+        cache: Any = None,
+        *,
+        layer: Index,
+        window: Index,
+        attend: Attend = causal_attend,
+        compensators: Mapping[str, Compensator | None] | None = None,
+        tap: Tap | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], Any]:
+        """Run the layer on `x + update`, and give its own result as such a pair, as `RMSNorm.of_sum` takes it.
+
+        On a GPU that spares an addition between layers its launch.
+        """
         config, own = self.config, compensators or {}
 
-        def apply(name: str, x: Array) -> Array:
+        def apply(name: str, x: Array, z: Array | None = None) -> Array:
             if tap is not None:
                 tap(name, x)
             with jax.named_scope(name):
-                return getattr(self, name)(x, compensator=own.get(name))
+                return getattr(self, name)(x, compensator=own.get(name), z=z)
 
-        def add(residual: Array, update: Array, norm: RMSNorm | None) -> Array:
-            return residual + (update if norm is None else norm(update))
+        def before(name: str) -> Compensator | None:
+            """Give the compensator of a linear whose coordinates come with its input, not with the product itself."""
+            compensator = own.get(name)
+            return None if compensator is None or compensator.a is None else compensator
+
+        def normed(update: Array, norm: RMSNorm | None) -> Array:
+            return update if norm is None else norm(update)
 
         with jax.named_scope("attention"):
-            qkv = apply("qkv", self.input_norm(x))
+            normal, x, z = self.input_norm.of_sum(x, update, compensator=before("qkv"))
+            qkv = apply("qkv", normal, z)
             heads = qkv.reshape(*qkv.shape[:-1], -1, config.head_dim)
             q, k, v = jnp.split(heads, np.cumsum([config.num_heads, config.num_kv_heads]), axis=-2)
             if self.q_norm is not None and self.k_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
             rope = _select_rope(ropes, window, config)
             attended, cache = attend(q, k, v, cache, layer=layer, window=window, scale=config.scale, rope=rope)
-            x = add(x, apply("o", attended.reshape(*x.shape[:2], -1)), self.attn_out_norm)
+            update = normed(apply("o", attended.reshape(*x.shape[:2], -1)), self.attn_out_norm)
         with jax.named_scope("mlp"):
-            gated = apply("gate_up", self.mlp_norm(x))
+            normal, x, z = self.mlp_norm.of_sum(x, update, compensator=before("gate_up"))
+            product, z = apply("gate_up", normal, z), None
             if self.gate_up.activation is None:
-                gate, up = jnp.split(gated, 2, axis=-1)
-                gated = (jax.nn.silu if config.activation == "silu" else _gelu_tanh)(gate) * up
-            x = add(x, apply("down", gated), self.mlp_out_norm)
-        return x, cache
-
-
-def _gelu_tanh(x: Array) -> Array:
-    return jax.nn.gelu(x, approximate=True)
+                product, z = glu_project(product, activation=config.activation, compensator=before("down"))
+            update = normed(apply("down", product, z), self.mlp_out_norm)
+        return x, update, cache
 
 
 def _select_rope(ropes: Ropes, window: Index, config: ModelConfig) -> Rope:
@@ -195,15 +220,15 @@ class Decoder(nnx.Module):
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x, ropes = self.embedded(tokens), self.ropes(positions)
+        x, update, ropes = self.embedded(tokens), None, self.ropes(positions)
         windows = self.config.windows
         with jax.named_scope("layers"):
             if isinstance(self.layers, nnx.List):
                 partial = attend if isinstance(attend, jax.tree_util.Partial) else jax.tree_util.Partial(attend)
-                caches = []
+                caches, update = [], jnp.zeros_like(x)  # rather than None: the first layer is traced with the others
                 for i, layer in enumerate(self.layers):
                     own, part = self.compensators_of(i), None if cache is None else cache[i]
-                    x, part = _separate_layer(layer, x, ropes, part, partial, own, window=windows[i])
+                    x, update, part = _separate_layer(layer, x, update, ropes, part, partial, own, window=windows[i])
                     caches.append(part)
                 cache = None if cache is None else tuple(caches)
             else:
@@ -216,7 +241,7 @@ class Decoder(nnx.Module):
                 indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
                 inputs = (self.layers, indices, jnp.asarray(windows, jnp.int32))
                 (x, cache), _ = jax.lax.scan(body, (x, cache), inputs)
-        return self.final_norm(x), cache
+        return self.final_norm.of_sum(x, update)[0], cache
 
     @jax.named_scope("embed")
     def embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -277,18 +302,19 @@ class SeparateCompensators(nnx.Module):
 def _separate_layer(
     layer: Layer,
     x: Float[Array, "B T D"],
+    update: Float[Array, "B T D"],
     ropes: Ropes,
     cache: Any,
     attend: jax.tree_util.Partial,
     compensators: dict[str, Compensator | None],
     *,
     window: int,
-) -> tuple[Float[Array, "B T D"], Any]:
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], Any]:
     """Run one of several separate layers, with a cache of its own.
 
     Jitted so that a program of thirty layers is traced from one: 15 of 23 s of a warm start were tracing.
     """
-    return layer(x, ropes, cache, layer=0, window=window, attend=attend, compensators=compensators)
+    return layer.unsummed(x, update, ropes, cache, layer=0, window=window, attend=attend, compensators=compensators)
 
 
 def unstack(model: Decoder) -> Decoder:

@@ -1,11 +1,11 @@
 """Linear layers whose weight is dense, int4, or int4 expanded for a CPU."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.int4_matmul import Activation, Compensator, compensator_coordinates, int4_matmul, low_rank_output
+from pallas_kernels.tails import rmsnorm, rmsnorm_project
 from spear_jax.quant.qtensor import QuantTensor
 
 
@@ -24,18 +24,27 @@ class Linear(nnx.Module):
         self.bias = None if bias is None else nnx.Param(bias)
         self.activation: Activation | None = activation
 
-    def __call__(self, x: Float[Array, "*B K"], *, compensator: Compensator | None = None) -> Float[Array, "*B N"]:
-        """Apply the layer; sums and epilogue in float32, the result in x's type."""
+    def __call__(
+        self,
+        x: Float[Array, "*B K"],
+        *,
+        compensator: Compensator | None = None,
+        z: Float[Array, "*B R"] | None = None,
+    ) -> Float[Array, "*B N"]:
+        """Apply the layer; sums and epilogue in float32, the result in x's type.
+
+        `z` are the compensator's gated coordinates of x where they are already known.
+        """
         bias = None if self.bias is None else self.bias[...]
         if isinstance(self.weight, QuantTensor):
             w = self.weight
             options = {"layout": w.layout, "activation": self.activation}
-            return int4_matmul(x, w.packed, w.scale, zero=w.zero, bias=bias, compensator=compensator, **options)
+            return int4_matmul(x, w.packed, w.scale, zero=w.zero, bias=bias, compensator=compensator, z=z, **options)
         y = jnp.einsum("...k,nk->...n", x, self.weight[...], preferred_element_type=jnp.float32)
         if bias is not None:
             y = y + bias.astype(jnp.float32)
         if compensator is not None:
-            y = y + low_rank_output(compensator_coordinates(x, compensator), compensator)
+            y = y + low_rank_output(compensator_coordinates(x, compensator) if z is None else z, compensator)
         return y.astype(x.dtype)
 
 
@@ -51,6 +60,14 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalise x; the result has x's type."""
-        f = x.astype(jnp.float32)
-        f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + self.eps)
-        return (f * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+        return rmsnorm(x, self.weight[...], eps=self.eps)
+
+    def of_sum(
+        self,
+        residual: Float[Array, "*B D"],
+        update: Float[Array, "*B D"] | None,
+        *,
+        compensator: Compensator | None = None,
+    ) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"], Float[Array, "*B R"] | None]:
+        """Give the norm of a sum, the sum, and a compensator's gated coordinates of the norm, in one go on a GPU."""
+        return rmsnorm_project(residual, update, self.weight[...], eps=self.eps, compensator=compensator)

@@ -16,6 +16,7 @@ from pallas_kernels.int4_matmul.gpu import int4_matmul_mosaic_gpu
 from pallas_kernels.int4_matmul.hopper import HopperConfig, int4_matmul_hopper
 from pallas_kernels.paged_attention import plan
 from pallas_kernels.paged_attention.gpu import paged_attention_mosaic_gpu, paged_decode_mosaic_gpu
+from pallas_kernels.tails.hopper import tail_hopper
 from pallas_kernels.topology import gpu_topology
 
 SHARDING = jax.sharding.SingleDeviceSharding(gpu_topology("h200").devices[0])
@@ -98,7 +99,24 @@ def decode(problem: dict[str, Any]):
     return run, (pages, pages), *operands, array((b, entries), jnp.int32), array((b,), jnp.int32)
 
 
-KINDS = {"product": product, "scan": layers, "unrolled": layers, "attention": attention, "decode": decode}
+def tail(problem: dict[str, Any]):
+    m, k, rank, op = (problem[name] for name in ("m", "k", "rank", "op"))
+    operands = {"first": array((m, 2 * k if op == "glu" else k), BF16)}
+    if op == "norm":
+        operands["weight"] = array((k,), jnp.float32)
+        if problem["update"]:
+            operands["update"] = array((m, k), BF16)
+    if rank:
+        operands |= {"a": array((rank, k), jnp.dtype(problem["a"])), "a_scale": array((rank,), jnp.float32)}
+
+    def run(operands):
+        options = {"activation": problem["activation"], "z_dtype": jnp.dtype(problem["z"])}
+        return tail_hopper(op, **operands, eps=1e-5, **options)
+
+    return run, operands
+
+
+KINDS = {"tail": tail, "product": product, "scan": layers, "unrolled": layers, "attention": attention, "decode": decode}
 
 
 def report(problem: dict[str, Any], dumps: Path) -> dict[str, Any]:

@@ -132,13 +132,13 @@ def test_a_seed_gives_the_same_tokens_in_any_slot_and_company() -> None:
 def test_a_program_traces_one_layer_of_all(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     jax.clear_caches()
     runner_of.cache_clear()
-    traced, run = [], Layer.__call__
+    traced, run = [], Layer.unsummed
 
     def count(self: Layer, *args: Any, **kwargs: Any) -> Any:
         traced.append(kwargs["layer"])
         return run(self, *args, **kwargs)
 
-    monkeypatch.setattr(Layer, "__call__", count)
+    monkeypatch.setattr(Layer, "unsummed", count)
     runner = runner_of("compensated", layout)
     assert len(traced) == runner.num_programs
 
