@@ -8,7 +8,6 @@ table of all that the file holds is printed at the end (`tables.py`), progress o
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import datetime
 import functools
@@ -27,8 +26,9 @@ import numpy as np
 from pallas_kernels import bench_peers, tables
 from pallas_kernels.int4_matmul import Compensator, int4_matmul
 from pallas_kernels.int4_matmul.gpu import choose_config, int4_matmul_mosaic_gpu
+from pallas_kernels.packing import RANK_STEP, SIDE, factor_to_fragments
 from pallas_kernels.shapes import ROWS, SHAPES, copies
-from pallas_kernels.timing import in_a_row, kernel_microseconds, microseconds_in_a_row
+from pallas_kernels.timing import compile_all, failure_message, in_a_row, kernel_microseconds, microseconds_in_a_row
 from pallas_kernels.tune import Problem
 
 _TOLERANCE = 2e-2
@@ -81,10 +81,17 @@ def _variants(problem: Problem, *, rank: int, seed: int) -> dict[str, _Variant]:
     # Where launches overlap, a kernel's time counts its wait for the one before it.
     config = dataclasses.replace(config, overlap=False)
 
+    # Few rows: the product computes the coordinates itself. With many, a product before it does.
+    one = _along(compensator) if few and rank % RANK_STEP == 0 and rank <= SIDE else None
+    of_rank, _ = choose_config(problem.m, problem.n, problem.k, groups=problem.groups, rank=0 if one is None else rank)
+    of_rank = dataclasses.replace(of_rank, overlap=False)
+
     def alone(weight: Any, x: jax.Array, compensator: Any = None, z: Any = None) -> jax.Array:
         codes, scale = weight
         return int4_matmul_mosaic_gpu(
-            *(x, codes, scale, None, None, compensator, z, jnp.dtype(jnp.bfloat16)), layout="fragments", config=config
+            *(x, codes, scale, None, None, compensator, z, jnp.dtype(jnp.bfloat16)),
+            layout="fragments",
+            config=of_rank if compensator is not None and z is None else config,
         )
 
     def together(weight: Any, x: jax.Array, compensator: Any = None, z: Any = None) -> jax.Array:
@@ -103,7 +110,7 @@ def _variants(problem: Problem, *, rank: int, seed: int) -> dict[str, _Variant]:
         "xla_int4": _Variant(alone=xla, weights=int4, rest=(x,)),
         "int4": ours(rest=(x,)),
         "int4_ec": ours(rest=(x, compensator, z)),
-        "int4_ec_with_z": ours(rest=(x, compensator)),
+        "int4_ec_with_z": ours(rest=(x, compensator) if one is None else (x, one)),
     }
 
 
@@ -117,6 +124,12 @@ def _compensator(problem: Problem, rank: int, seed: int) -> tuple[Compensator, j
     b = factor(problem.n, rank)
     compensator = Compensator(a=factor(rank, problem.k), b=b, a_scale=scales, bt_scale=scales)
     return compensator, jnp.asarray(rng.standard_normal((problem.m, rank)), jnp.float32)
+
+
+def _along(compensator: Compensator) -> Compensator:
+    """Give the same compensator as the product reads it that computes coordinates too."""
+    a = compensator.a.astype(jnp.float32) * (compensator.a_scale * compensator.bt_scale)[:, None]
+    return Compensator(a_fragments=factor_to_fragments(a.astype(jnp.bfloat16)), b=compensator.b)
 
 
 # Computed once for each product: looking for the fastest way would take longer than any.
@@ -183,7 +196,7 @@ def bench_int4_matmul(problem: Problem, *, rank: int, seed: int, threads: int) -
                 if not error < _TOLERANCE:
                     failures[name] = f"wrong by {error:.2e}"
             except Exception as failure:
-                failures[name] = _message(failure)
+                failures[name] = failure_message(failure)
     for name, variant in variants.items():
         try:
             if name in result["error"] and name not in failures:
@@ -191,32 +204,8 @@ def bench_int4_matmul(problem: Problem, *, rank: int, seed: int, threads: int) -
             if (together := compiled.get(f"{name} in a row")) is not None and name in result["us"]:
                 result["us_in_a_row"][name] = microseconds_in_a_row(together, variant.weights, *variant.rest)
         except Exception as failure:
-            failures[name] = _message(failure)
+            failures[name] = failure_message(failure)
     return result
-
-
-def compile_all(
-    programs: dict[str, tuple[Any, tuple[Any, ...]]], *, threads: int
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Compile jitted functions for arguments, several at a time; give those that compile, and why others do not."""
-    compiled, failures = {}, {}
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        waiting = {}
-        for name, (function, arguments) in programs.items():
-            try:
-                waiting[name] = pool.submit(function.lower(*arguments).compile)
-            except Exception as failure:
-                failures[name] = _message(failure)
-        for name, future in waiting.items():
-            try:
-                compiled[name] = future.result()
-            except Exception as failure:
-                failures[name] = _message(failure)
-    return compiled, failures
-
-
-def _message(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {' '.join(str(failure).split())[:400]}"
 
 
 class Results:
@@ -354,7 +343,7 @@ def main() -> None:
                 result = bench_int4_matmul(problem, rank=flags.rank, seed=seed, threads=flags.compile_threads)
             except Exception as failure:
                 result = vars(problem) | {"rank": flags.rank, "error": {}, "us": {}, "us_in_a_row": {}}
-                result["failures"] = {"all": _message(failure)}
+                result["failures"] = {"all": failure_message(failure)}
             result = name | result | {"seconds": round(time.monotonic() - started, 1)}
             results.add("int4_matmul", result)
             say(_brief(result))

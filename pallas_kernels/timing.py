@@ -1,5 +1,6 @@
 """Times of kernels on a GPU, measured with weights that are not in its cache."""
 
+import concurrent.futures
 import itertools
 import math
 import statistics
@@ -81,3 +82,28 @@ def microseconds_in_a_row(run: Callable[..., Any], weights: Sequence[Any], *rest
         jax.block_until_ready(done)
         times.append((time.perf_counter() - begin) / _REPEATS / len(weights))
     return statistics.median(times) * 1e6
+
+
+def compile_all(
+    programs: dict[str, tuple[Any, tuple[Any, ...]]], *, threads: int
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Compile jitted functions for arguments, several at a time; give those that compile, and why others do not."""
+    compiled, failures = {}, {}
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        waiting = {}
+        for name, (function, arguments) in programs.items():
+            try:
+                waiting[name] = pool.submit(function.lower(*arguments).compile)
+            except Exception as failure:
+                failures[name] = failure_message(failure)
+        for name, future in waiting.items():
+            try:
+                compiled[name] = future.result()
+            except Exception as failure:
+                failures[name] = failure_message(failure)
+    return compiled, failures
+
+
+def failure_message(failure: Exception) -> str:
+    """Give an exception's type and the beginning of what it says, on one line."""
+    return f"{type(failure).__name__}: {' '.join(str(failure).split())[:400]}"

@@ -4,9 +4,11 @@ python -m pallas_kernels.tune --shapes llama-3.1-8b --rows 1 16 32 64 --output p
 """
 
 import argparse
+import collections
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import sys
 import time
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import tuning
-from pallas_kernels.int4_matmul import int4_matmul
+from pallas_kernels.int4_matmul import Compensator, int4_matmul
 from pallas_kernels.int4_matmul.gpu import (
     Shape,
     candidates,
@@ -30,10 +32,14 @@ from pallas_kernels.int4_matmul.gpu import (
     variants,
 )
 from pallas_kernels.int4_matmul.hopper import HopperConfig
+from pallas_kernels.packing import factor_to_fragments
 from pallas_kernels.shapes import SHAPES, copies
-from pallas_kernels.timing import kernel_microseconds
+from pallas_kernels.timing import compile_all, failure_message, kernel_microseconds
 
 _TOLERANCE = 2e-2
+_OF_A_CUT = 2
+_LONE = ("o", "down")
+"""Products that compute coordinates: others have a norm before them that does."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,35 +74,57 @@ def _bytes(key: jax.Array, rows: int, columns: int) -> jax.Array:
     return jax.random.bits(key, (rows, columns), jnp.uint8)
 
 
-def tune_int4_matmul(problem: Problem, configs: Sequence[HopperConfig]) -> dict[str, Any]:
+def along(problem: Problem, rank: int, *, seed: int = 0) -> Compensator:
+    """Draw a static compensator as the kernel reads it when it computes the coordinates too."""
+    a, b = jax.random.split(jax.random.key(seed))
+    factor = jax.random.normal(a, (rank, problem.k), jnp.bfloat16) * jnp.bfloat16(problem.k**-0.5 / 8)
+    b = jax.lax.bitcast_convert_type(_bytes(b, problem.n, rank), jnp.int8)
+    return Compensator(a_fragments=factor_to_fragments(factor), b=b)
+
+
+def tune_int4_matmul(
+    problem: Problem, configs: Sequence[HopperConfig], *, rank: int = 0, threads: int = 1
+) -> dict[str, Any]:
     """Time configurations; give the key, the best and what each took.
 
-    A configuration whose result is wrong is reported and left out.
+    `rank` is that of a compensator whose coordinates the product computes. A configuration whose result is wrong is
+    reported and left out.
     """
     tile_m = tile_rows(problem.m)
     weights, x = problem.weights(), problem.x()
+    compensator = along(problem, rank) if rank else None
 
-    def reference(weight, x):
-        return int4_matmul(x, *weight, layout="fragments", out_dtype=jnp.float32, implementation="xla")
+    def reference(weight, x, compensator):
+        options = {"layout": "fragments", "out_dtype": jnp.float32, "implementation": "xla"}
+        return int4_matmul(x, *weight, compensator=compensator, **options)
 
-    wanted = np.asarray(jax.jit(reference)(weights[0], x))
+    def call(weight, x, compensator, *, config):
+        codes, scale = weight
+        operands = (x, codes, scale, None, None, compensator, None, jnp.dtype(jnp.bfloat16))
+        return int4_matmul_mosaic_gpu(*operands, layout="fragments", config=config)
+
+    wanted = np.asarray(jax.jit(reference)(weights[0], x, compensator))
+    programs = {
+        # Where launches overlap, a kernel's time counts its wait for the one before it.
+        str(i): (
+            jax.jit(functools.partial(call, config=dataclasses.replace(config, overlap=False))),
+            (weights[0], x, compensator),
+        )
+        for i, config in enumerate(configs)
+    }
+    compiled, failures = compile_all(programs, threads=threads)
     tried = []
-    for config in configs:
+    for i, config in enumerate(configs):
         settings = dataclasses.asdict(config)
-
-        def call(weight, x, config=config):
-            codes, scale = weight
-            return int4_matmul_mosaic_gpu(
-                x, codes, scale, None, None, None, None, jnp.dtype(jnp.bfloat16), layout="fragments", config=config
-            )
-
         try:
-            got = np.asarray(jax.jit(call)(weights[0], x), np.float32)
+            if (message := failures.get(str(i))) is not None:
+                raise RuntimeError(message)
+            run = compiled[str(i)]
+            got = np.asarray(run(weights[0], x, compensator), np.float32)
             error = float(np.max(np.abs(got - wanted)) / np.max(np.abs(wanted)))
-            alone = dataclasses.replace(config, overlap=False)
-            microseconds = kernel_microseconds(functools.partial(call, config=alone), weights, x)
+            microseconds = kernel_microseconds(run, weights, x, compensator)
         except Exception as failure:
-            print(f"  {settings}: {type(failure).__name__}: {str(failure)[:200]}", file=sys.stderr, flush=True)
+            print(f"  {settings}: {failure_message(failure)[:200]}", file=sys.stderr, flush=True)
             continue
         if not error < _TOLERANCE:
             print(f"  {settings}: wrong by {error:.2e}", file=sys.stderr, flush=True)
@@ -106,8 +134,20 @@ def tune_int4_matmul(problem: Problem, configs: Sequence[HopperConfig]) -> dict[
     if not tried:
         raise ValueError(f"no configuration of {problem} is right")
     tried.sort(key=lambda entry: entry["us"])
-    key = {"tile_m": tile_m, "n": problem.n, "k": problem.k, "groups": problem.groups, "rank": 0}
+    key = {"tile_m": tile_m, "n": problem.n, "k": problem.k, "groups": problem.groups, "rank": rank}
     return {"key": key, "config": tried[0]["config"], "us": tried[0]["us"], "tried": tried}
+
+
+def differing(ranked: Sequence[HopperConfig], limit: int) -> list[HopperConfig]:
+    """Take up to `limit` configurations, the first ones, but of each way to cut the product up only two."""
+    taken: list[HopperConfig] = []
+    cuts: collections.Counter[tuple[int, int, int]] = collections.Counter()
+    for config in ranked:
+        cut = (config.row_tiles, config.k_parts, config.splits)
+        if cuts[cut] < _OF_A_CUT and len(taken) < limit:
+            cuts[cut] += 1
+            taken.append(config)
+    return taken
 
 
 def _brief(settings: dict[str, Any]) -> str:
@@ -150,7 +190,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of weights to tune, of all by default")
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 16, 32, 64], help="rows of x")
     parser.add_argument("--group-size", type=int, default=-1)
+    parser.add_argument(
+        "--ranks", type=int, nargs="*", default=[0, 16], help="ranks whose coordinates o and down compute"
+    )
     parser.add_argument("--limit", type=int, default=12, help="cuts tried for each shape, before paces of the best")
+    parser.add_argument("--paces", type=int, default=12, help="paces tried of the best cut")
+    parser.add_argument("--compile-threads", type=int, default=8, help="programs compiled at a time")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no shape after so long")
     parser.add_argument(
         "--show", metavar="DEVICE", help="print what would be used on a device (`nvidia-h200`), tune nothing"
@@ -163,19 +208,24 @@ def main() -> None:
     if jax.default_backend() != "gpu":
         parser.error(f"tuning measures on a GPU, and there is none here (the backend is {jax.default_backend()})")
     begin, entries = time.monotonic(), []
-    for rows in flags.rows:
-        for name, (n, k) in SHAPES[flags.shapes].items():
-            if (flags.only and name not in flags.only) or time.monotonic() - begin > flags.seconds:
-                continue
-            print(f"{name} [{n}, {k}], {rows} rows", file=sys.stderr, flush=True)
-            problem = Problem(m=rows, n=n, k=k, group=flags.group_size)
-            shape = Shape(n=n, k=k, groups=problem.groups)
-            fitting = candidates(tile_rows(rows), shape)
-            entry = tune_int4_matmul(problem, rank_by_rule(fitting, rows, shape)[: flags.limit])
-            best = HopperConfig(**entry["config"])
-            paced = tune_int4_matmul(problem, [best, *variants(best, shape)])
-            entries.append(paced | {"tried": sorted(entry["tried"] + paced["tried"], key=lambda one: one["us"])})
-            write(flags.output, entries)
+    for rows, rank, (name, (n, k)) in itertools.product(flags.rows, flags.ranks, SHAPES[flags.shapes].items()):
+        late = time.monotonic() - begin > flags.seconds
+        if (flags.only and name not in flags.only) or (rank and name not in _LONE) or late:
+            continue
+        print(f"{name} [{n}, {k}], {rows} rows, rank {rank}", file=sys.stderr, flush=True)
+        problem = Problem(m=rows, n=n, k=k, group=flags.group_size)
+        shape = Shape(n=n, k=k, groups=problem.groups, rank=rank, paired=name == "gate_up")
+        ranked = rank_by_rule(candidates(tile_rows(rows), shape), rows, shape)
+        tune = functools.partial(tune_int4_matmul, problem, rank=rank, threads=flags.compile_threads)
+        entry = tune(differing(ranked, flags.limit))
+        if flags.paces:
+            tried = [HopperConfig(**one["config"]) for one in entry["tried"]]
+            paced = [config for config in variants(tried[0], shape) if config not in tried]
+            further = tune(paced[: flags.paces])["tried"] if paced else []
+            entry["tried"] = sorted(entry["tried"] + further, key=lambda one: one["us"])
+            entry |= entry["tried"][0]
+        entries.append(entry)
+        write(flags.output, entries)
     print(json.dumps({"tuned": len(entries)}))
 
 
