@@ -39,6 +39,11 @@ def shared_tile(shape: tuple[int, ...], dtype, *, row: int | None = None):
     return plgpu.SMEM(shape, dtype, transforms=(_tiling((8, swizzle // itemsize)), _swizzle(swizzle)))
 
 
+def whole_rows(m: int) -> int:
+    """Give the rows that an operand of m rows is filled up to: the copy engine takes fewer than eight, or eights."""
+    return m if m <= 8 else -(-m // 8) * 8
+
+
 def row_values(ref) -> jax.Array:
     """Load one value a row of a 64-row tile."""
     return plgpu.load(ref, layout=ROWS, optimized=False)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Literal
 
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int8, Shaped
 
 from pallas_kernels import dispatch, tuning
-from pallas_kernels.hopper import SHARED_BYTES, thread_registers
+from pallas_kernels.hopper import SHARED_BYTES, thread_registers, whole_rows
 from pallas_kernels.int4_matmul.hopper import MOST_PROJECTED_ROWS, RATIONED_ROWS, HopperConfig, int4_matmul_hopper
 from pallas_kernels.int4_matmul.operands import Activation, Compensator, Layout
 from pallas_kernels.int4_matmul.projection import MOST_ROWS, project_hopper
@@ -75,7 +76,7 @@ def int4_matmul_mosaic_gpu(
     dispatch.refuse_other_gpus()
     *batch, k = x.shape
     n = packed.shape[0]
-    rows = x.reshape(-1, k)
+    rows = _whole(x.reshape(-1, k))
     m = rows.shape[0]
     if layout == "rows":
         rows, packed, scale, zero, bias = _pad_and_reorder(rows, packed, scale, zero, bias)
@@ -83,8 +84,8 @@ def int4_matmul_mosaic_gpu(
     if compensator is not None and z is None and _projects_along(m, compensator):
         a, b = compensator.a_fragments, compensator.b
     elif compensator is not None:
-        z = coordinates(x.reshape(m, k), compensator, interpret) if z is None else z
-        z, b = _low_rank(z.reshape(m, -1), compensator, packed.shape[0])
+        z = coordinates(rows[:, :k], compensator, interpret) if z is None else _whole(z.reshape(-1, z.shape[-1]))
+        z, b = _low_rank(z, compensator, packed.shape[0])
     if config is None:
         problem = {
             "groups": scale.shape[0],
@@ -99,7 +100,12 @@ def int4_matmul_mosaic_gpu(
         activation=activation,
         interpret=interpret,
     )
-    return y[:, : n if activation is None else n // 2].reshape(*batch, -1)
+    columns = n if activation is None else n // 2
+    return y[: math.prod(batch), :columns].reshape(*batch, columns)
+
+
+def _whole(rows: Shaped[Array, "M K"]) -> Shaped[Array, "P K"]:
+    return jnp.pad(rows, ((0, whole_rows(rows.shape[0]) - rows.shape[0]), (0, 0)))
 
 
 def _projects_along(m: int, compensator: Compensator) -> bool:
@@ -147,8 +153,11 @@ def coordinates(
         scale = None if scale is None else jnp.pad(scale, (0, more))
     # Where nothing more happens to z it is rounded at once, for the product with B.
     done = gate is None and compensator.bt_scale is None
-    z = project_hopper(x, a, scale, out_dtype=jnp.dtype(jnp.bfloat16 if done else jnp.float32), interpret=interpret)
-    return z[:, :rank] if gate is None else gated_coordinates(x, z[:, :rank], None, gate)
+    z = project_hopper(
+        _whole(x), a, scale, out_dtype=jnp.dtype(jnp.bfloat16 if done else jnp.float32), interpret=interpret
+    )
+    z = z[: x.shape[0], :rank]
+    return z if gate is None else gated_coordinates(x, z, None, gate)
 
 
 def _low_rank(

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Int8, Shaped
 
-from pallas_kernels.hopper import WGMMA, Accumulator, feed_and_compute, hold, row_values, shared_tile
+from pallas_kernels.hopper import WGMMA, Accumulator, feed_and_compute, hold, row_values, shared_tile, whole_rows
 from pallas_kernels.int4_matmul.fragments import CODE_BYTES, CODE_ROWS, read_factor, read_words, unpack_words
 from pallas_kernels.packing import RANK_STEP, SIDE
 
@@ -119,9 +119,11 @@ def int4_matmul_hopper(
     The last block of rows of x may reach beyond M: the copy engine fills it with zeros and stores what is inside.
 
     Raises:
-        NotImplementedError: The shapes cannot be cut up as `config` says.
+        NotImplementedError: The shapes cannot be cut up as `config` says, or M is over 8 and no multiple of it.
     """
     (m, k), n = x.shape, packed.shape[0]
+    if whole_rows(m) != m:
+        raise NotImplementedError(f"x must have up to 8 rows or a multiple of 8, got {m}")
     config.check(n=n, k=k, groups=scale.shape[0], projected=a is not None, paired=activation is not None)
     assert b is None or (b.shape[1] % RANK_STEP == 0 and (a is None) != (z is None))
     optional = {"zero": zero, "bias": bias, "b": b, "z": z, "a": a}
