@@ -20,7 +20,13 @@ def _mosaic_gpu(*args: Any, **kwargs: Any) -> Array:
     return int4_matmul_mosaic_gpu(*args, **kwargs)
 
 
-_BACKENDS = {"mosaic_gpu": _mosaic_gpu, "xla": int4_matmul_xla}
+def _mosaic_tpu(*args: Any, **kwargs: Any) -> Array:
+    from pallas_kernels.int4_matmul.tpu import int4_matmul_mosaic_tpu
+
+    return int4_matmul_mosaic_tpu(*args, **kwargs)
+
+
+_BACKENDS = {"mosaic_gpu": _mosaic_gpu, "mosaic_tpu": _mosaic_tpu, "xla": int4_matmul_xla}
 
 
 def int4_matmul(
@@ -47,15 +53,16 @@ def int4_matmul(
         compensator: Low-rank term of rank R added in the epilogue (SPEAR, section 2).
         z: The gated coordinates `g * A x` where they are already known, as when several products share one `A`.
         out_dtype: Type of the result; x's by default.
-        layout: "rows", or "fragments": codes as `fragments.to_fragments` orders them, scale and zero as [G, N].
+        layout: "rows"; "fragments", codes as `packing.to_fragments` orders them; or "columns", packed as [K/2, N]. With
+            the last two, scale and zero are [G, N].
         implementation: Backend; by default the best one for this platform that can do the case.
 
     Raises:
         ValueError: Shapes or types do not fit together; says which and what was expected.
         NotImplementedError: The backend that was asked for cannot do this case.
     """
-    if layout not in ("rows", "fragments"):
-        raise ValueError(f"int4_matmul: layout must be rows or fragments, got {layout!r}")
+    if layout not in ("rows", "fragments", "columns"):
+        raise ValueError(f"int4_matmul: layout must be rows, fragments or columns, got {layout!r}")
     _check(x, packed, scale, layout, zero=zero, bias=bias, compensator=compensator, z=z)
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     with jax.named_scope("int4_matmul"):
@@ -70,8 +77,10 @@ def int4_matmul(
 
 def _check(x, packed, scale, layout, *, zero, bias, compensator, z) -> None:
     if packed.ndim != 2 or packed.dtype != jnp.int8:
-        raise ValueError(f"int4_matmul: packed must be int8 [N, K/2], got {packed.dtype}{list(packed.shape)}")
-    n, k = packed.shape[0], 2 * packed.shape[1]
+        shape = "[K/2, N]" if layout == "columns" else "[N, K/2]"
+        raise ValueError(f"int4_matmul: packed must be int8 {shape}, got {packed.dtype}{list(packed.shape)}")
+    n, half = packed.shape[::-1] if layout == "columns" else packed.shape
+    k = 2 * half
     if x.shape[-1] != k or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"int4_matmul: x must be floating [..., {k}] for this weight, got {x.dtype}{list(x.shape)}")
     channels, groups = (0, 1) if layout == "rows" else (1, 0)

@@ -63,6 +63,8 @@ def int4_matmul_mosaic_gpu(
     """
     if x.dtype != jnp.bfloat16 or out_dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"the GPU kernel multiplies bfloat16, got {x.dtype} to {out_dtype}")
+    if layout == "columns":
+        raise NotImplementedError("the GPU kernel reads rows or fragments, and this weight is laid out in columns")
     dispatch.refuse_other_gpus()
     *batch, k = x.shape
     n = packed.shape[0]
@@ -201,9 +203,7 @@ def _deepest(config: HopperConfig, n: int, k: int, groups: int) -> HopperConfig:
 def variants(config: HopperConfig, n: int, k: int, *, groups: int = 1) -> list[HopperConfig]:
     """List the configurations that cut a shape up like `config` but pace their work differently, for tuning."""
     paces = [(blocks, behind, slots) for blocks in (1, 2) for behind in (0, 1) for slots in (4, 6, 8, 12, 16)]
-    found = [
-        dataclasses.replace(config, blocks=blocks, behind=behind, slots=slots) for blocks, behind, slots in paces
-    ]
+    found = [dataclasses.replace(config, blocks=blocks, behind=behind, slots=slots) for blocks, behind, slots in paces]
     return [other for other in found if other != config and _fits(other, n, k, groups)]
 
 

@@ -6,8 +6,10 @@ from typing import Any, Literal
 
 import jax
 
-Layout = Literal["rows", "fragments"]
-"""Order of the codes of a weight: packed row by row, or as a Hopper warpgroup reads them (`fragments`)."""
+Layout = Literal["rows", "fragments", "columns"]
+"""Order of the codes of a weight: packed row by row; as a Hopper warpgroup reads them (`fragments`); or `columns`: the
+transpose of rows, [K/2, N], which is how a TPU's vector memory takes bytes apart. Beside the last two, scales and zero
+points are [G, N]."""
 
 # Array fields are annotated `Any`: `jax.tree.map` puts other things than arrays into registered dataclasses.
 

@@ -79,8 +79,9 @@ def int4_matmul_xla(
     layout: Layout = "rows",
 ) -> Float[Array, "*B N"]:
     """Compute what `int4_matmul` documents: products of x's dtype, sums and epilogue in float32."""
-    if layout == "fragments":
-        packed, scale, zero = from_fragments(packed), scale.T, None if zero is None else zero.T
+    if layout != "rows":
+        packed = from_fragments(packed) if layout == "fragments" else packed.T
+        scale, zero = scale.T, None if zero is None else zero.T
     # One scale a row factors out of the sum, so codes, exact in any float type, are what gets multiplied.
     factored = scale.shape[-1] == 1 and zero is None
     weight = unpack_int4(packed).astype(x.dtype) if factored else dequantize(packed, scale, zero, dtype=x.dtype)

@@ -1,0 +1,75 @@
+"""What kernels for TPUs have in common: the generations, and what one core of each can do."""
+
+import dataclasses
+
+from pallas_kernels import dispatch
+
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """A TPU, by the figures of one core; a device that jax shows may hold two of them (`cores`).
+
+    `bandwidth` of HBM in bytes a second and `bf16_flops` a second are those of `jax.experimental.pallas.tpu.TpuInfo`,
+    and with them `vmem`, in bytes. `macs` is how many products of bfloat16 the matrix units do a cycle, from which
+    follows the clock. `weights` is how many int4 codes a cycle become bfloat16 and enter the matrix units: what the
+    static schedule of libtpu 0.0.48 does for a block of 1024 x 512 with 16 rows.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    cores: int
+    bandwidth: float
+    bf16_flops: float
+    vmem: int
+    macs: int
+    weights: int
+    int8_rate: int
+    """How many products of int8 the matrix units do in the time of one of bfloat16; 0 where they take none."""
+
+    @property
+    def clock(self) -> float:
+        """Cycles a second."""
+        return self.bf16_flops / (2 * self.macs)
+
+
+GENERATIONS = {
+    generation.name: generation
+    for generation in (
+        Generation(
+            name="v5e", kinds=("TPU v5 lite", "TPU v5e"), cores=1, bandwidth=820e9, bf16_flops=197e12,
+            vmem=128 * MIB, macs=4 * 128 * 128, weights=1300, int8_rate=2,
+        ),
+        Generation(
+            name="v5p", kinds=("TPU v5", "TPU v5p"), cores=2, bandwidth=1230e9, bf16_flops=229.5e12,
+            vmem=64 * MIB, macs=4 * 128 * 128, weights=1050, int8_rate=2,
+        ),
+        Generation(
+            name="v6e", kinds=("TPU v6 lite", "TPU v6e"), cores=1, bandwidth=1640e9, bf16_flops=920e12,
+            vmem=128 * MIB, macs=4 * 256 * 256, weights=2000, int8_rate=2,
+        ),
+        Generation(
+            name="tpu7x", kinds=("TPU7x",), cores=1, bandwidth=3700e9, bf16_flops=1155e12,
+            vmem=64 * MIB, macs=4 * 256 * 256, weights=3000, int8_rate=0,
+        ),
+    )
+}  # fmt: skip
+"""Every TPU that kernels are compiled for in tests, by its short name."""
+
+STEP_CYCLES = 180
+"""What a step of a grid costs besides its work: the bundles around it in libtpu's static schedule."""
+
+
+def generation(kind: str | None = None) -> Generation:
+    """Give the generation of a device, by default of the one that is compiled for.
+
+    Raises:
+        NotImplementedError: It is no TPU that is known here.
+    """
+    kind = dispatch.device_kind() if kind is None else kind
+    for found in GENERATIONS.values():
+        if kind == found.name or kind in found.kinds:
+            return found
+    known = ", ".join(name for found in GENERATIONS.values() for name in found.kinds)
+    raise NotImplementedError(f"block sizes are known for {known}, not for {kind}")
