@@ -33,6 +33,8 @@ from pallas_kernels.timing import copies, kernel_microseconds
 
 SHAPES: dict[str, dict[str, tuple[int, int]]] = {
     "llama-3.1-8b": {"o": (4096, 4096), "qkv": (6144, 4096), "down": (4096, 14336), "gate_up": (28672, 4096)},
+    "llama-3.1-8b-tp4": {"o": (4096, 1024), "qkv": (1536, 4096), "down": (4096, 3584), "gate_up": (7168, 4096)},
+    "llama-3.2-1b": {"o": (2048, 2048), "qkv": (3072, 2048), "down": (2048, 8192), "gate_up": (16384, 2048)},
 }
 """Weights [N, K] of models' layers; products that share an input are one."""
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
@@ -22,6 +22,15 @@ _MOST_BLOCK_K = 4096
 
 _SUMMED_ROWS = 64
 """Up to here group scales multiply sums: beyond, a product of each group costs more than scaling the weights does."""
+
+_SCALED_WEIGHTS = 2000
+"""Weights a cycle that are multiplied by their groups' scales, in float32, and rounded."""
+
+_SCALE_ROWS = 16
+"""Scales of groups in bfloat16 that a step takes lie in HBM as they should where there are multiples of so many."""
+
+_PARTIAL_CYCLES = 0.6
+"""Cycles to scale and add the part that a group has in 1,024 sums."""
 
 _START_SECONDS = 1e-6
 """What it costs to start a kernel and its first copy: an assumption, no TPU was measured."""
@@ -81,16 +90,15 @@ def vmem_budget(chip: Generation) -> int:
 
 def _low_rank(x: Float[Array, "M K"], compensator: Compensator, z: Float[Array, "M R"] | None) -> LowRank:
     """Bring a compensator into the kernel's form; what its gate needs besides z is computed here, before the kernel."""
-    bt: Array = compensator.b.T if compensator.bt is None else compensator.bt
-    bt = bt if bt.dtype == jnp.int8 else bt.astype(jnp.bfloat16)
-    bt_scale, gate, more = compensator.bt_scale, compensator.gate, -bt.shape[0] % RANK_STEP
+    bt = compensator.bt if compensator.b is None else compensator.b.T
+    bt_scale, gate, more = compensator.bt_scale, compensator.gate, -compensator.a.shape[0] % RANK_STEP
     if z is None and gate is not None and (gate.probe is not None or gate.w_rms is not None):
         z = compensator_coordinates(x, compensator)
-    bt = _fill(bt, more)
+    bt = _fill(_int8_or_bfloat16(bt), more)
     if z is not None:
-        z = z if bt_scale is None else z * bt_scale.astype(z.dtype)
-        return LowRank(bt=bt, z=jnp.pad(z.astype(jnp.bfloat16), ((0, 0), (0, more))))
-    a = compensator.a if compensator.a.dtype == jnp.int8 else compensator.a.astype(jnp.bfloat16)
+        known = z.astype(jnp.float32) * (1 if bt_scale is None else bt_scale.astype(jnp.float32))
+        return LowRank(bt=bt, z=jnp.pad(known.astype(jnp.bfloat16), ((0, 0), (0, more))))
+    a = _fill(_int8_or_bfloat16(compensator.a), more)
     if gate is not None:
         gate = Gate(
             w_in=_fill(gate.w_in, more), b_in=gate.b_in, w_out=_fill(gate.w_out, more), b_out=_fill(gate.b_out, more),
@@ -100,7 +108,11 @@ def _low_rank(x: Float[Array, "M K"], compensator: Compensator, z: Float[Array, 
     def row(factors: Array | None) -> Array | None:
         return None if factors is None else _fill(factors.astype(jnp.float32), more)[None]
 
-    return LowRank.gated_by(gate, bt=bt, a=_fill(a, more), a_scale=row(compensator.a_scale), bt_scale=row(bt_scale))
+    return LowRank.gated_by(gate, bt=bt, a=a, a_scale=row(compensator.a_scale), bt_scale=row(bt_scale))
+
+
+def _int8_or_bfloat16(factor: Any) -> Array:
+    return factor if factor.dtype == jnp.int8 else factor.astype(jnp.bfloat16)
 
 
 def _fill(rows: Array, more: int) -> Array:
@@ -184,22 +196,32 @@ def vmem_bytes(config: TpuConfig, *, k: int, groups: int, rank: int) -> int:
 def predicted_seconds(
     config: TpuConfig, m: int, n: int, k: int, *, groups: int = 1, rank: int = 0, chip: Generation
 ) -> float:
-    """Predict the time of a product: of each step the longer of copying and computing, and what cannot overlap.
+    """Predict the time of a product: the longer of copying and computing, and what cannot overlap with either.
 
-    A core widens codes and feeds them to its matrix units at `chip.weights` a cycle, and multiplies `chip.macs` pairs
-    a cycle where it has rows enough; the slower of the two counts. Scaling weights costs two operations on each.
+    Constants are fitted to libtpu's static schedules (`tpus.Generation`), not to a TPU.
     """
-    bm, bn, bk = config.block_m, config.block_n, config.block_k
-    row_blocks, cores = -(-m // bm), config.cores
-    steps = row_blocks * n // bn * (k // bk) // cores
-    depth = min(1.0, (k // groups) / (chip.macs**0.5 / 2)) if groups > 1 and config.scaled == "sums" else 1.0
-    widen = bk * bn / chip.weights * (3 if groups > 1 and config.scaled == "weights" else 1)
-    multiply = bm * bk * (bn + rank * bn // n) / chip.macs / depth
-    cycles = max(widen / depth, multiply) + STEP_CYCLES
-    codes = bk * bn / 2 + 4 * bn * max(groups * bk // k, 1)
-    whole_rows = config.resident or bk == k
-    rows = 2 * m * k * (1 if whole_rows else n / bn / cores)
-    # Rows that stay come before the first product, and are waited for.
-    first = (codes + 2 * bm * (k if whole_rows else bk)) / chip.bandwidth
-    copied = (codes * steps + rows + rank * (n + k) + 2 * m * n / cores) / chip.bandwidth
-    return _START_SECONDS + first + max(copied, cycles * steps / chip.clock) + cycles / chip.clock
+    row_blocks, cores, whole_rows = -(-m // config.block_m), config.cores, config.resident or config.block_k == k
+    steps = row_blocks * n // config.block_n * (k // config.block_k) // cores
+    cycles = _step_cycles(config, n=n, k=k, groups=groups, rank=rank, chip=chip)
+    codes = config.block_n * (config.block_k / 2 + 4 * max(groups * config.block_k // k, 1))
+    rows = 2 * m * k * (1 if whole_rows else n // config.block_n // cores)
+    # The first blocks, and rows that stay, are waited for.
+    first = codes + 2 * config.block_m * (k if whole_rows else config.block_k)
+    copied = codes * steps + rows + rank * (n + k) + 2 * m * n / cores
+    if groups > 1 and (groups * config.block_k // k) % _SCALE_ROWS and config.block_k < k:
+        copied += 6 * groups * n / cores  # scales are read, and written in tiles that are not full, before
+    computed = cycles * (steps + 1) / chip.clock
+    return _START_SECONDS + max((copied + first) / chip.bandwidth, first / chip.bandwidth + computed)
+
+
+def _step_cycles(config: TpuConfig, *, n: int, k: int, groups: int, rank: int, chip: Generation) -> float:
+    """Predict the cycles of a step: what widens codes runs beside what multiplies, but for a quarter of the shorter."""
+    block = config.block_n * config.block_k
+    widen = block / chip.weights
+    if groups > 1 and config.scaled == "weights":
+        widen += block / _SCALED_WEIGHTS
+    multiply = config.block_m * config.block_k * (config.block_n + rank * config.block_n // n) / chip.macs
+    cycles = max(widen, multiply) + min(widen, multiply) / 4
+    if groups > 1 and config.scaled == "sums":
+        cycles += _PARTIAL_CYCLES * config.block_m * config.block_n / 1024 * (groups * config.block_k // k)
+    return cycles + STEP_CYCLES
