@@ -15,7 +15,8 @@ class Generation:
     `jax.experimental.pallas.tpu.TpuInfo`; `clock` in cycles a second is what its flops and matrix units come to.
     How the two rates were found: libtpu 0.0.48 compiled products with blocks of 512 to 2048 columns, and its static
     schedule, one bundle a cycle, was counted; the model in `int4_matmul.tpu` agrees with it within 15%. `weights` is
-    how many int4 codes a cycle become bfloat16 and enter the matrix units, `macs` how many pairs are multiplied.
+    how many int4 codes a cycle become bfloat16 and enter the matrix units, `macs` how many pairs are multiplied, but
+    no more than `bf16_flops` allows (schedules for v5e, v5p and tpu7x claim up to a quarter more).
     `int8_rate` is how much faster than bfloat16 the matrix units multiply int8; 0 where they take none.
     """
 
@@ -36,11 +37,11 @@ GENERATIONS = {
     for generation in (
         Generation(
             name="v5e", kinds=("TPU v5 lite", "TPU v5e"), cores=1, bandwidth=820e9, bf16_flops=197e12,
-            vmem=128 * MIB, clock=1.5e9, weights=1450, macs=72_000, int8_rate=2,
+            vmem=128 * MIB, clock=1.5e9, weights=1450, macs=65_000, int8_rate=2,
         ),
         Generation(
             name="v5p", kinds=("TPU v5", "TPU v5p"), cores=2, bandwidth=1230e9, bf16_flops=229.5e12,
-            vmem=64 * MIB, clock=1.75e9, weights=1330, macs=71_000, int8_rate=2,
+            vmem=64 * MIB, clock=1.75e9, weights=1330, macs=65_000, int8_rate=2,
         ),
         Generation(
             name="v6e", kinds=("TPU v6 lite", "TPU v6e"), cores=1, bandwidth=1640e9, bf16_flops=920e12,
@@ -48,7 +49,7 @@ GENERATIONS = {
         ),
         Generation(
             name="tpu7x", kinds=("TPU7x",), cores=1, bandwidth=3700e9, bf16_flops=1155e12,
-            vmem=64 * MIB, clock=2.2e9, weights=3800, macs=330_000, int8_rate=0,
+            vmem=64 * MIB, clock=2.2e9, weights=3800, macs=262_000, int8_rate=0,
         ),
     )
 }  # fmt: skip

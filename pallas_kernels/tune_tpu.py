@@ -114,7 +114,7 @@ def table(models: list[str], rows: list[int]) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.tune_tpu", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.tune_tpu", description=__doc__)
     parser.add_argument("--rows", type=int, nargs="*", default=[16, 32, 64, 128, 256, 512, 1024], help="rows of x")
     parser.add_argument("--table", action="store_true", help="print bytes and predicted times of a layer's products")
     parser.add_argument("--output", type=Path, help="folder to write <device>/int4_matmul.json into")

@@ -37,7 +37,13 @@ def _lay_out(linear: Linear) -> Linear:
 
 
 def _prepare(compensator: Compensator) -> Compensator:
-    """Transpose B, fill ranks up, and where there is no gate between them make one scale of A's and B's.
+    """Fill ranks up and transpose B."""
+    filled = fill_ranks(compensator)
+    return dataclasses.replace(filled, b=filled.bt.T, bt=None)
+
+
+def fill_ranks(compensator: Compensator) -> Compensator:
+    """Fill ranks up to multiples of 16, and where there is no gate between them make one scale of A's and B's.
 
     Rows that are filled in add nothing, whatever the gate makes of them.
     """
@@ -49,8 +55,7 @@ def _prepare(compensator: Compensator) -> Compensator:
     gate = compensator.gate
     if gate is not None:
         gate = dataclasses.replace(gate, w_in=fill(gate.w_in), w_out=fill(gate.w_out), b_out=fill(gate.b_out))
-    bt, a_scale, bt_scale = fill(compensator.bt), fill(compensator.a_scale), fill(compensator.bt_scale)
-    assert bt is not None
+    a_scale, bt_scale = fill(compensator.a_scale), fill(compensator.bt_scale)
     if gate is None and a_scale is not None and bt_scale is not None:
         a_scale, bt_scale = a_scale * bt_scale, None
-    return Compensator(a=fill(compensator.a), b=bt.T, a_scale=a_scale, bt_scale=bt_scale, gate=gate)
+    return Compensator(a=fill(compensator.a), bt=fill(compensator.bt), a_scale=a_scale, bt_scale=bt_scale, gate=gate)
