@@ -1,12 +1,18 @@
 """Accelerators to compile for on a machine that has none: their compilers run on any CPU (`uv run --group aot`)."""
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
+import jax
 from jax.experimental import topologies
 from jax.experimental.topologies import TopologyDescription
+
+from pallas_kernels import dispatch
 
 GPUS = {"h200": "topology_h200.txtpb"}
 """Descriptions of GPUs, as XLA's `GpuTargetConfigProto` in text form."""
@@ -49,9 +55,32 @@ def tpu_topology(name: str) -> TopologyDescription:
     return topologies.get_topology_desc(platform="tpu", topology_name=TPUS[name])
 
 
+@contextlib.contextmanager
+def compiling_for_tpu(name: str) -> Iterator[Any]:
+    """Trace and compile what is inside for one device of a TPU's smallest machine, which is given.
+
+    Backends and block sizes are chosen for it, and jax knows its generation.
+
+    Raises:
+        ValueError: No such TPU is known.
+        ModuleNotFoundError: libtpu is not installed.
+    """
+    device = tpu_topology(name).devices[0]
+    abstract = jax.sharding.AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=abstract)
+    with dispatch.compiling_for("tpu", kind=device.device_kind), jax.sharding.use_abstract_mesh(mesh):
+        yield device
+
+
 def compiler_environment() -> dict[str, str]:
     """Give the environment in which a new process finds the compilers and looks for no accelerator of its own."""
-    found = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    found = {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        # Several processes may compile at a time: there is no TPU for them to take from each other.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
     if (root := _cuda_root()) is not None:
         found |= {"MOSAIC_GPU_CUDA_ROOT": str(root), "PATH": f"{root / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"}
     return found

@@ -21,7 +21,13 @@ def _mosaic_gpu(*args: Any, **kwargs: Any) -> Array:
     return paged_attention_mosaic_gpu(*args, **kwargs)
 
 
-_BACKENDS = {"mosaic_gpu": _mosaic_gpu, "xla": paged_attention_xla}
+def _mosaic_tpu(*args: Any, **kwargs: Any) -> Array:
+    from pallas_kernels.paged_attention.tpu import paged_attention_mosaic_tpu
+
+    return paged_attention_mosaic_tpu(*args, **kwargs)
+
+
+_BACKENDS = {"mosaic_gpu": _mosaic_gpu, "mosaic_tpu": _mosaic_tpu, "xla": paged_attention_xla}
 
 
 def paged_attention(
