@@ -43,16 +43,17 @@ def gpu_topology(name: str = "h200", *, count: int = 1) -> TopologyDescription:
 
 
 def tpu_topology(name: str) -> TopologyDescription:
-    """Describe the smallest machine with a TPU of this kind; programs for it are compiled, never run.
+    """Describe the smallest machine with a TPU of this kind, or "v6e:2x4"; programs for it are compiled, never run.
 
     Raises:
         ValueError: No such TPU is known.
         ModuleNotFoundError: libtpu is not installed.
     """
-    if name not in TPUS:
-        raise ValueError(f"tpu must be one of {', '.join(TPUS)}, got {name!r}")
+    kind, _, chips = name.partition(":")
+    if kind not in TPUS:
+        raise ValueError(f"tpu must be one of {', '.join(TPUS)}, got {kind!r}")
     _require("libtpu", "libtpu")
-    return topologies.get_topology_desc(platform="tpu", topology_name=TPUS[name])
+    return topologies.get_topology_desc(platform="tpu", topology_name=name if chips else TPUS[kind])
 
 
 @contextlib.contextmanager
