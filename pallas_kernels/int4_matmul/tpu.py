@@ -202,7 +202,7 @@ def predicted_seconds(
     """
     row_blocks, cores, whole_rows = -(-m // config.block_m), config.cores, config.resident or config.block_k == k
     steps = row_blocks * n // config.block_n * (k // config.block_k) // cores
-    cycles = _step_cycles(config, n=n, k=k, groups=groups, rank=rank, chip=chip)
+    cycles = step_cycles(config, n=n, k=k, groups=groups, rank=rank, chip=chip)
     codes = config.block_n * (config.block_k / 2 + 4 * max(groups * config.block_k // k, 1))
     rows = 2 * m * k * (1 if whole_rows else n // config.block_n // cores)
     # The first blocks, and rows that stay, are waited for.
@@ -214,7 +214,7 @@ def predicted_seconds(
     return _START_SECONDS + max((copied + first) / chip.bandwidth, first / chip.bandwidth + computed)
 
 
-def _step_cycles(config: TpuConfig, *, n: int, k: int, groups: int, rank: int, chip: Generation) -> float:
+def step_cycles(config: TpuConfig, *, n: int, k: int, groups: int, rank: int, chip: Generation) -> float:
     """Predict the cycles of a step: what widens codes runs beside what multiplies, but for a quarter of the shorter."""
     block = config.block_n * config.block_k
     widen = block / chip.weights
