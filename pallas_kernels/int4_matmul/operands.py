@@ -11,6 +11,9 @@ Layout = Literal["rows", "fragments", "columns"]
 transpose of rows, [K/2, N], which is how a TPU's vector memory takes bytes apart. Beside the last two, scales and zero
 points are [G, N]."""
 
+Activations = Literal["as they are", "int8"]
+"""What x is multiplied as: its own type, or int8 with one scale a row, rounded at every call."""
+
 # Array fields are annotated `Any`: `jax.tree.map` puts other things than arrays into registered dataclasses.
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from pallas_kernels.int4_matmul.operands import Compensator, Gate, Layout
+from pallas_kernels.int4_matmul.operands import Activations, Compensator, Gate, Layout
 from pallas_kernels.packing import from_fragments, unpack_int4
 
 _TINY_POWER = 1e-12
@@ -77,8 +77,12 @@ def int4_matmul_xla(
     out_dtype: jnp.dtype,
     *,
     layout: Layout = "rows",
+    activations: Activations = "as they are",
 ) -> Float[Array, "*B N"]:
     """Compute what `int4_matmul` documents: products of x's dtype, sums and epilogue in float32."""
+    if activations == "int8":
+        codes, x_scale = int8_rows(x)
+        x = codes.astype(jnp.float32) * x_scale
     if layout != "rows":
         packed = from_fragments(packed) if layout == "fragments" else packed.T
         scale, zero = scale.T, None if zero is None else zero.T
@@ -95,6 +99,13 @@ def int4_matmul_xla(
             z = compensator_coordinates(x, compensator)
         y = y + low_rank_output(z, compensator)
     return y.astype(out_dtype)
+
+
+def int8_rows(x: Float[Array, "*B K"]) -> tuple[Int8[Array, "*B K"], Float[Array, "*B 1"]]:
+    """Round each row to the nearest of 255 codes, scale = max|x| / 127."""
+    wide = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / 127, 1e-12)
+    return jnp.round(wide / scale).astype(jnp.int8), scale
 
 
 def low_rank_output(z: Float[Array, "*B R"], compensator: Compensator) -> Float[Array, "*B N"]:

@@ -10,8 +10,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int8
 
 from pallas_kernels import tuning
-from pallas_kernels.int4_matmul.operands import Compensator, Gate, Layout
-from pallas_kernels.int4_matmul.reference import compensator_coordinates
+from pallas_kernels.int4_matmul.operands import Activations, Compensator, Gate, Layout
+from pallas_kernels.int4_matmul.reference import compensator_coordinates, int8_rows
 from pallas_kernels.int4_matmul.tpu_kernel import CODE_ROWS, LANES, LowRank, TpuConfig, int4_matmul_tpu
 from pallas_kernels.packing import RANK_STEP, from_fragments
 from pallas_kernels.tpus import MIB, STEP_CYCLES, Generation, generation
@@ -47,6 +47,7 @@ def int4_matmul_mosaic_tpu(
     out_dtype: jnp.dtype,
     *,
     layout: Layout = "rows",
+    activations: Activations = "as they are",
     config: TpuConfig | None = None,
     interpret: pltpu.InterpretParams | bool = False,
 ) -> Float[Array, "*B N"]:
@@ -76,9 +77,15 @@ def int4_matmul_mosaic_tpu(
     if config is None:
         rank = 0 if low_rank is None else low_rank.bt.shape[0]
         config, _ = choose_config(m, n, rows.shape[1], groups=scale.shape[0], rank=rank, chip=chip)
+    x_scale = None
+    if activations == "int8":
+        if not chip.int8_rate:
+            raise NotImplementedError(f"the matrix units of {chip.name} take no int8")
+        rows, x_scale = int8_rows(rows)
+        config = dataclasses.replace(config, scaled="sums")
     y = int4_matmul_tpu(
         rows, packed, scale, zero, bias, low_rank,
-        config=config, out_dtype=out_dtype, vmem_bytes=vmem_budget(chip), interpret=interpret,
+        config=config, out_dtype=out_dtype, vmem_bytes=vmem_budget(chip), x_scale=x_scale, interpret=interpret,
     )  # fmt: skip
     return y.reshape(*batch, n)
 

@@ -93,16 +93,20 @@ def int4_matmul_tpu(
     config: TpuConfig,
     out_dtype: Any,
     vmem_bytes: int,
+    x_scale: Float[Array, "M 1"] | None = None,
     interpret: pltpu.InterpretParams | bool = False,
 ) -> Float[Array, "M N"]:
     """Compute `x W^T + bias + z B^T` for a weight laid out in columns.
 
     Codes stay packed in HBM and on their way to vector memory, where a byte [i, n], taken apart along rows, is codes
-    2 i and 2 i + 1 of column n. `vmem_bytes` is how much vector memory the compiler may take.
+    2 i and 2 i + 1 of column n. `vmem_bytes` is how much vector memory the compiler may take. x is bfloat16, or int8
+    with one scale a row; sums of int8 are exact, in int32.
 
     Raises:
-        NotImplementedError: `config` does not fit the weight.
+        NotImplementedError: `config` does not fit the weight, or scales weights where x is int8.
     """
+    if x_scale is not None and scale.shape[0] > 1 and config.scaled == "weights":
+        raise NotImplementedError("weights that are scaled are no int8: group scales multiply sums where x is int8")
     (m, k), n, groups = x.shape, packed.shape[1], scale.shape[0]
     config.check(n=n, k=k, groups=groups)
     bm, bn, bk = min(config.block_m, m), config.block_n, config.block_k
@@ -128,6 +132,8 @@ def int4_matmul_tpu(
         "packed": (packed, pl.BlockSpec((bk // 2, bn), lambda i, c, j, t: (t, c * columns + j))),
         "scale": of_groups(scale),
     }
+    if x_scale is not None:
+        operands["x_scale"] = (x_scale, pl.BlockSpec((bm, 1), lambda i, c, j, t: (i, 0)))
     if zero is not None:
         operands["zero"] = of_groups(zero)
     if bias is not None:
@@ -220,7 +226,7 @@ class _Step:
     def _product(self, x: Array) -> Array:
         codes = pltpu.bitcast(self.packed[...], jnp.int4)
         if not self.grouped:
-            part = _dot(x, codes.astype(jnp.bfloat16))
+            part = _dot(x, codes.astype(x.dtype))
             return part if self.zero is None else part - _row_sums(x) * self.zero[...].astype(_F32)
         scale = self.scale[...].astype(_F32)
         zero = None if self.zero is None else self.zero[...].astype(_F32)
@@ -233,7 +239,7 @@ class _Step:
         parts = []
         for g in range(count):
             inside = slice(g * group, (g + 1) * group)
-            part = _dot(x[:, inside], codes[inside].astype(jnp.bfloat16))
+            part = _dot(x[:, inside], codes[inside].astype(x.dtype))
             if zero is not None:
                 part = part - _row_sums(x[:, inside]) * zero[g : g + 1]
             parts.append(part * scale[g : g + 1])
@@ -241,7 +247,7 @@ class _Step:
 
     def _project(self, x: Array, form: str | None) -> None:
         """Add to `z = A x`, and gate it when all of K has been."""
-        part = _dot(x, self.a[...].astype(jnp.bfloat16), of_rows=True)
+        part = _dot(x.astype(jnp.bfloat16), self.a[...].astype(jnp.bfloat16), of_rows=True)
         z = jnp.where(self.first, part, self.z_sums[...] + part)  # what was there before the first is no number
         self.z_sums[...] = z
 
@@ -250,6 +256,8 @@ class _Step:
             self.gated[...] = self._gated(z, form).astype(jnp.bfloat16)
 
     def _gated(self, z: Array, form: str | None) -> Array:
+        if self.x_scale is not None:
+            z = z * self.x_scale[...]
         if self.a_scale is not None:
             z = z * self.a_scale[...]
         if form is not None:
@@ -266,6 +274,8 @@ class _Step:
 
     def _finish(self) -> None:
         y = self.sums[...]
+        if self.x_scale is not None:
+            y = y * self.x_scale[...]
         if not self.grouped:
             y = y * self.scale[...].astype(_F32)
         if self.bias is not None:
@@ -277,10 +287,11 @@ class _Step:
 
 
 def _dot(left: Array, right: Array, *, of_rows: bool = False, precise: bool = False) -> Array:
-    """Multiply, with the rows of `right` or its columns, bfloat16 exactly and float32 as well as it is `precise`."""
+    """Multiply with the columns of `right`, or its rows: int8 and bfloat16 exactly, float32 only where `precise`."""
     dims = (((1,), (int(of_rows),)), ((), ()))
     precision = jax.lax.Precision.HIGHEST if precise else None
-    return jax.lax.dot_general(left, right, dims, preferred_element_type=_F32, precision=precision)
+    sums = jnp.int32 if left.dtype == jnp.int8 else _F32
+    return jax.lax.dot_general(left, right, dims, preferred_element_type=sums, precision=precision).astype(_F32)
 
 
 def _row_sums(x: Array) -> Array:

@@ -36,7 +36,9 @@ def array(chip: Generation):
     return functools.partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(device))
 
 
-def compile_product(chip: Generation, array, *, m: int, n: int, k: int, groups: int, rank: int = 0):
+def compile_product(
+    chip: Generation, array, *, m: int, n: int, k: int, groups: int, rank: int = 0, activations: str = "as they are"
+):
     """Compile a product, with everything that it can have where there is a rank; give its memory and stored bytes."""
     scale = array((groups, n), F32 if groups == 1 else BF16)
     operands = [array((m, k), BF16), array((k // 2, n), jnp.int8), scale, None, None, None, None]
@@ -54,7 +56,7 @@ def compile_product(chip: Generation, array, *, m: int, n: int, k: int, groups: 
         operands[3:6] = [array((groups, n), jnp.int8), array((n,), BF16), compensator]
 
     def run(*operands):
-        return int4_matmul_mosaic_tpu(*operands, BF16, layout="columns")
+        return int4_matmul_mosaic_tpu(*operands, BF16, layout="columns", activations=activations)
 
     with compiling_for_tpu(chip.name):
         lowered = jax.jit(run).lower(*operands)
@@ -65,8 +67,8 @@ def compile_product(chip: Generation, array, *, m: int, n: int, k: int, groups: 
     return memory, stored
 
 
-def check(chip: Generation, array, **shape: int) -> None:
-    memory, stored = compile_product(chip, array, **shape)
+def check(chip: Generation, array, *, activations: str = "as they are", **shape: int) -> None:
+    memory, stored = compile_product(chip, array, activations=activations, **shape)
     codes, name = shape["n"] * shape["k"] // 2, f"{chip.name} {shape}"
     # A row of x, a bias or a scale may take a whole tile.
     assert memory.argument_size_in_bytes < 1.02 * stored + 2**18, name
@@ -102,3 +104,13 @@ def test_large_products_with_everything_compile(chip: Generation, array):
     for m in (300, 1024, 2048):
         check(chip, array, m=m, n=28672, k=4096, groups=32, rank=64)
         check(chip, array, m=m, n=4096, k=14336, groups=1, rank=64)
+
+
+@pytest.mark.parametrize("group", [-1, 64, 128])
+def test_int8_activations_compile(chip: Generation, array, group: int):
+    if not chip.int8_rate:
+        pytest.skip(f"{chip.name} multiplies no int8")
+    for m in (1, 16, 128, 1024):
+        for rank in (0, 64):
+            groups = 1 if group == -1 else 4096 // group
+            check(chip, array, m=m, n=6144, k=4096, groups=groups, rank=rank, activations="int8")
