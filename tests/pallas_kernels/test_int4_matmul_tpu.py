@@ -34,9 +34,19 @@ CUTS = {
 }
 
 
-def kernel(tpu_interpreted, positional, keywords, *, order: str = "on_wait", z=None, kind: str = V6E, **settings):
+def kernel(
+    tpu_interpreted,
+    positional,
+    keywords,
+    *,
+    order: str = "on_wait",
+    z=None,
+    kind: str = V6E,
+    cores: int = 1,
+    **settings,
+):
     options = (keywords.get(name) for name in ("zero", "bias", "compensator"))
-    interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode=order)
+    interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode=order, num_cores_or_threads=cores)
     call = functools.partial(int4_matmul_mosaic_tpu, out_dtype=jnp.dtype(jnp.float32), interpret=interpret, **settings)
     x, *weight = positional
     with dispatch.compiling_for("tpu", kind=kind):
@@ -117,6 +127,12 @@ def test_known_coordinates_replace_the_first_factor(tpu_interpreted):
     z = jnp.asarray(np.random.default_rng(0).standard_normal((8, 5)), jnp.float32)
     wanted = reference(positional, keywords, z=z)
     assert_close(kernel(tpu_interpreted, positional, keywords, z=z), wanted, relative=5e-3)
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_two_cores_may_run_at_once(tpu_interpreted, case: str):
+    """Each computes z for its own half of the columns, in vector memory of its own."""
+    check(tpu_interpreted, LARGE[case], config=CUTS["two cores"], cores=2)
 
 
 INT8 = {name: CASES[name] for name in ("odd_rows", "asymmetric_group_32", "gated_rank_16_int8")} | {
