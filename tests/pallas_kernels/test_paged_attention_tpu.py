@@ -16,7 +16,6 @@ V6E = "TPU v6 lite"
 SMALL = TpuConfig(rows=16, tile=128)
 BY_DEFAULT = {
     ("decode", "eager"),
-    ("window", "on_wait"),
     ("int8_window", "on_wait"),
     ("chunk_padded", "on_wait"),
     ("chunk_fp8_window", "eager"),
@@ -56,7 +55,9 @@ def test_the_kernel_equals_the_reference(tpu_interpreted, case: str, order: str)
     check(tpu_interpreted, CASES[case], order=order)
 
 
-@pytest.mark.parametrize("case", ["window", "chunk_window", "groups_of_three"])
+@pytest.mark.parametrize(
+    "case", ["chunk_window", *(pytest.param(case, marks=pytest.mark.slow) for case in ("window", "groups_of_three"))]
+)
 def test_several_tiles_and_blocks_equal_the_reference(tpu_interpreted, case: str):
     check(tpu_interpreted, CASES[case], order="on_wait", config=SMALL)
 
