@@ -16,7 +16,7 @@ class Generation:
     How the two rates were found: libtpu 0.0.48 compiled products with blocks of 512 to 2048 columns, and its static
     schedule, one bundle a cycle, was counted; the model in `int4_matmul.tpu` agrees with it within 15%. `weights` is
     how many int4 codes a cycle become bfloat16 and enter the matrix units. `macs` is how many pairs are multiplied, but
-    no more than `bf16_flops` allows; schedules claim more, for tpu7x a third.
+    no more than `bf16_flops` allows; with many rows schedules claim more, for tpu7x a third.
     `int8_rate` is how much faster than bfloat16 the matrix units multiply int8; 0 where they take none.
     """
 

@@ -53,5 +53,6 @@ def test_the_model_agrees_with_the_schedule(tpu: str, tmp_path: Path):
     for i, (groups, config) in enumerate(CUTS):
         predicted = step_cycles(config, **SHAPE, groups=groups, rank=0, chip=GENERATIONS[tpu])
         off[f"{groups}x{config.block_m}x{config.block_n}"] = round(predicted / counted[str(i)], 2)
-    # The model lets matrix units do no more than the peak of a TPU; for tpu7x schedules claim a third more.
-    assert all(0.75 < ratio < 1.35 for ratio in off.values()), str(off)
+    # With 256 rows the peak of a TPU binds the model, which schedules exceed by up to a third (tpu7x).
+    assert 0.85 < off.pop("1x256x512") < 1.35
+    assert all(0.85 < ratio < 1.15 for ratio in off.values()), str(off)
