@@ -16,13 +16,16 @@ _PREFERENCE: dict[str, tuple[str, ...]] = {
 }
 
 
-_TARGET: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
+_TARGET: contextvars.ContextVar[tuple[str, str | None] | None] = contextvars.ContextVar("target", default=None)
 
 
 @contextlib.contextmanager
-def compiling_for(platform: Literal["gpu", "tpu", "cpu"]) -> Iterator[None]:
-    """Choose backends as on `platform`: for programs that are compiled here and run elsewhere."""
-    token = _TARGET.set(platform)
+def compiling_for(platform: Literal["gpu", "tpu", "cpu"], *, kind: str | None = None) -> Iterator[None]:
+    """Choose backends as on `platform`, and block sizes as on a device of `kind`, for programs that run elsewhere.
+
+    `kind` is what jax calls the device (`Device.device_kind`); by default this process's own is taken.
+    """
+    token = _TARGET.set((platform, kind))
     try:
         yield
     finally:
@@ -31,7 +34,14 @@ def compiling_for(platform: Literal["gpu", "tpu", "cpu"]) -> Iterator[None]:
 
 def platform() -> str:
     """Give the platform that backends are chosen for: this process's, unless something is compiled for another."""
-    return _TARGET.get() or jax.default_backend()
+    target = _TARGET.get()
+    return jax.default_backend() if target is None else target[0]
+
+
+def device_kind() -> str:
+    """Give the kind of device that block sizes are chosen for, as jax names it."""
+    target = _TARGET.get()
+    return jax.devices()[0].device_kind if target is None or target[1] is None else target[1]
 
 
 def is_hopper() -> bool:

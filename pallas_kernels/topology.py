@@ -1,12 +1,18 @@
 """Accelerators to compile for on a machine that has none: their compilers run on any CPU (`uv run --group aot`)."""
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
+import jax
 from jax.experimental import topologies
 from jax.experimental.topologies import TopologyDescription
+
+from pallas_kernels import dispatch
 
 GPUS = {"h200": "topology_h200.txtpb"}
 """Descriptions of GPUs, as XLA's `GpuTargetConfigProto` in text form."""
@@ -37,21 +43,45 @@ def gpu_topology(name: str = "h200", *, count: int = 1) -> TopologyDescription:
 
 
 def tpu_topology(name: str) -> TopologyDescription:
-    """Describe the smallest machine with a TPU of this kind; programs for it are compiled, never run.
+    """Describe the smallest machine with a TPU of this kind, or "v6e:2x4"; programs for it are compiled, never run.
 
     Raises:
         ValueError: No such TPU is known.
         ModuleNotFoundError: libtpu is not installed.
     """
-    if name not in TPUS:
-        raise ValueError(f"tpu must be one of {', '.join(TPUS)}, got {name!r}")
+    kind, _, chips = name.partition(":")
+    if kind not in TPUS:
+        raise ValueError(f"tpu must be one of {', '.join(TPUS)}, got {kind!r}")
     _require("libtpu", "libtpu")
-    return topologies.get_topology_desc(platform="tpu", topology_name=TPUS[name])
+    return topologies.get_topology_desc(platform="tpu", topology_name=name if chips else TPUS[kind])
+
+
+@contextlib.contextmanager
+def compiling_for_tpu(name: str) -> Iterator[Any]:
+    """Trace and compile what is inside for one device of a TPU's smallest machine, which is given.
+
+    Backends and block sizes are chosen for it, and jax knows its generation.
+
+    Raises:
+        ValueError: No such TPU is known.
+        ModuleNotFoundError: libtpu is not installed.
+    """
+    device = tpu_topology(name).devices[0]
+    abstract = jax.sharding.AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=abstract)
+    with dispatch.compiling_for("tpu", kind=device.device_kind), jax.sharding.use_abstract_mesh(mesh):
+        yield device
 
 
 def compiler_environment() -> dict[str, str]:
     """Give the environment in which a new process finds the compilers and looks for no accelerator of its own."""
-    found = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    found = {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        # Several processes may compile at a time: there is no TPU for them to take from each other.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
     if (root := _cuda_root()) is not None:
         found |= {"MOSAIC_GPU_CUDA_ROOT": str(root), "PATH": f"{root / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"}
     return found

@@ -22,8 +22,8 @@ from jaxtyping import Array
 from rich.console import Console
 from rich.table import Table
 
-from pallas_kernels.dispatch import is_hopper
-from serve.gpu import command_buffer_options, lay_out_for_hopper
+from serve.gpu import command_buffer_options
+from serve.layout import lay_out
 from serve.runner import Runner
 from serve.sampling import SamplingParams
 from spear_jax.cli import parse_flags, run_main
@@ -182,8 +182,7 @@ def bench(config: StepConfig) -> Mapping[str, Any]:
         spec = QuantSpec(group_size=config.group_size)
         model = random_model(architecture, spec=spec, rank=rank, dtype=jnp.dtype(config.dtype))
         nbytes = weight_bytes(model)
-        if is_hopper():
-            model = lay_out_for_hopper(model)
+        model = lay_out(model)
         jax.block_until_ready(jax.tree.leaves(model))
         for rows in config.rows:
             profile = None if config.profile is None else config.profile / f"rows-{rows}-rank-{rank}"

@@ -81,28 +81,35 @@ def _alternate(rows: Array) -> Array:
 
 
 def _prepare(compensator: Compensator, name: str, *, paired: bool) -> Compensator:
-    """Transpose B, fill ranks up, and where there is no gate between them make one scale of A's and B's.
+    """Fill ranks up and transpose B.
 
     A norm computes coordinates of what it gives. Where none stands before, a static compensator gets an A in fragments,
-    with the scales in it, for the product to compute them. Rows that are filled in add nothing, whatever a gate makes
-    of them.
+    with the scales in it, for the product to compute them.
+    """
+    filled = fill_ranks(compensator)
+    a, scale = filled.a, filled.a_scale
+    b = _alternate(filled.bt.T) if paired else filled.bt.T
+    along = name in _ALONE and filled.gate is None and filled.bt_scale is None
+    if along and a.shape[0] <= SIDE and a.shape[1] % SIDE == 0:
+        a = a.astype(jnp.float32) if scale is None else a.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]
+        return Compensator(a_fragments=jax.jit(factor_to_fragments)(a.astype(jnp.bfloat16)), b=b)
+    return dataclasses.replace(filled, b=b, bt=None)
+
+
+def fill_ranks(compensator: Compensator) -> Compensator:
+    """Fill ranks up to multiples of 16, and where there is no gate between them make one scale of A's and B's.
+
+    Rows that are filled in add nothing, whatever the gate makes of them.
     """
     more = -compensator.a.shape[0] % RANK_STEP
 
     def fill(rows: Array | None) -> Array | None:
         return None if rows is None else jnp.pad(rows, ((0, more), *((0, 0),) * (rows.ndim - 1)))
 
-    gate, a, bt = compensator.gate, fill(compensator.a), fill(compensator.bt)
-    a_scale, bt_scale = fill(compensator.a_scale), fill(compensator.bt_scale)
-    assert a is not None
-    assert bt is not None
-    b = _alternate(bt.T) if paired else bt.T
+    gate = compensator.gate
     if gate is not None:
         gate = dataclasses.replace(gate, w_in=fill(gate.w_in), w_out=fill(gate.w_out), b_out=fill(gate.b_out))
-        return Compensator(a=a, b=b, a_scale=a_scale, bt_scale=bt_scale, gate=gate)
-    if a_scale is not None and bt_scale is not None:
+    a_scale, bt_scale = fill(compensator.a_scale), fill(compensator.bt_scale)
+    if gate is None and a_scale is not None and bt_scale is not None:
         a_scale, bt_scale = a_scale * bt_scale, None
-    if name in _ALONE and bt_scale is None and a.shape[0] <= SIDE and a.shape[1] % SIDE == 0:
-        a = a.astype(jnp.float32) if a_scale is None else a.astype(jnp.float32) * a_scale[:, None]
-        return Compensator(a_fragments=jax.jit(factor_to_fragments)(a.astype(jnp.bfloat16)), b=b)
-    return Compensator(a=a, b=b, a_scale=a_scale, bt_scale=bt_scale)
+    return Compensator(a=fill(compensator.a), bt=fill(compensator.bt), a_scale=a_scale, bt_scale=bt_scale, gate=gate)

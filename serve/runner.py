@@ -57,25 +57,12 @@ class Runner:
         self.buckets = tuple(sorted(buckets))
         leaves, tree = jax.tree.flatten(model)
         self._leaves: list[Array] = _committed(leaves)
-        dtype = model.dtype
-        stacked = not hasattr(model.layers, "__len__")
-        cache = allocate(
-            model.config, slots=slots, context=context, padding=self.buckets[-1], dtype=dtype, stacked=stacked
-        )
-        self.cache_bytes = weight_bytes(cache)
-        self._state = _committed(
-            DeviceState(
-                cache=cache,
-                token=jnp.zeros(slots, jnp.int32),
-                length=jnp.zeros(slots, jnp.int32),
-                sampling=jax.tree.map(
-                    jnp.asarray, SamplingState.of([SamplingParams(max_tokens=1, temperature=0.0)] * slots)
-                ),
-            )
-        )
+        state = empty_state(model, slots=slots, context=context, padding=self.buckets[-1])
+        self.cache_bytes = weight_bytes(state.cache)
+        self._state = _committed(state)
         compiled = functools.partial(_jit, tree, logits=logits, options=compiler_options)
-        self._prefill = compiled(_prefill)
-        self._decode_all = compiled(_decode_all)
+        self._prefill = compiled(prefill_step)
+        self._decode_all = compiled(decode_step)
         self._decode_one = compiled(_decode_one) if lone_program and slots > 1 else None
 
     @property
@@ -134,6 +121,18 @@ class Runner:
                 yield name
 
 
+def empty_state(model: Decoder, *, slots: int, context: int, padding: int) -> DeviceState:
+    """Make the state of idle slots, each with room for `context` tokens, and `padding` past them for chunks."""
+    stacked = not hasattr(model.layers, "__len__")
+    greedy = SamplingParams(max_tokens=1, temperature=0.0)
+    return DeviceState(
+        cache=allocate(model.config, slots=slots, context=context, padding=padding, dtype=model.dtype, stacked=stacked),
+        token=jnp.zeros(slots, jnp.int32),
+        length=jnp.zeros(slots, jnp.int32),
+        sampling=jax.tree.map(jnp.asarray, SamplingState.of([greedy] * slots)),
+    )
+
+
 def _committed(arrays: Any) -> Any:
     """Tie arrays to where they are.
 
@@ -160,7 +159,7 @@ def _jit(
     return run
 
 
-def _prefill(
+def prefill_step(
     model: Decoder,
     logits: Logits,
     state: DeviceState,
@@ -168,6 +167,7 @@ def _prefill(
     place: Int[Array, "4"],
     params: SamplingState,
 ) -> tuple[Int[Array, ""], DeviceState]:
+    """Run a piece of a prompt; `place` is its slot, its first position, its length, and whether it is the last."""
     slot, start, length, last = place
     positions = (start + jnp.arange(tokens.shape[1], dtype=jnp.int32))[None]
     hidden, cache = model(tokens, positions, attend=slot_attend(slot, positions), cache=state.cache)
@@ -186,9 +186,10 @@ def _prefill(
     )
 
 
-def _decode_all(
+def decode_step(
     model: Decoder, logits: Logits, state: DeviceState, active: Bool[Array, " S"]
 ) -> tuple[Int[Array, " S"], DeviceState]:
+    """Give each active slot its next token; other entries mean nothing."""
     positions = jnp.where(active, state.length, last_position(state.cache))
     hidden, cache = model(
         state.token[:, None], positions[:, None], attend=batch_attend(positions, active), cache=state.cache

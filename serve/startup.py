@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from pallas_kernels.dispatch import is_hopper
 from serve.config import ServeConfig
 from serve.cpu import cpu_logits, lay_out_for_cpu
 from serve.engine import Engine
 from serve.gateway import Gateway, ModelInfo
-from serve.gpu import command_buffer_options, lay_out_for_hopper
+from serve.gpu import command_buffer_options
+from serve.layout import lay_out
 from serve.metrics import Metrics
 from serve.runner import Runner
 from serve.scheduler import SlotScheduler
@@ -190,6 +190,6 @@ def prepare(model: Decoder, config: ServeConfig) -> tuple[Decoder, str, bool]:
         model = lay_out_for_cpu(model)
     elif cpu:
         model = unstack(model)
-    elif compressed and not expand and is_hopper():
-        model = lay_out_for_hopper(model)
+    elif compressed and not expand:
+        model = lay_out(model)
     return jax.block_until_ready(model), description, dense

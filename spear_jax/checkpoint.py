@@ -250,7 +250,7 @@ def _linear_layout(model: Decoder, module: str) -> LinearLayout:
     if not isinstance(weight, QuantTensor):
         raise ValueError(f"{module} is not int4: quantize the model first, and save it before expand_model()")
     if weight.layout != "rows":
-        raise ValueError(f"{module} is laid out for a GPU's tensor cores: save the model before laying it out")
+        raise ValueError(f"{module} is laid out for a GPU or a TPU: save the model before laying it out")
     return LinearLayout(groups=weight.scale.shape[-1], asymmetric=weight.zero is not None)
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int8, Shaped
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.hopper import SHARED_BYTES, thread_registers, whole_rows
 from pallas_kernels.int4_matmul.hopper import MOST_PROJECTED_ROWS, RATIONED_ROWS, HopperConfig, int4_matmul_hopper
-from pallas_kernels.int4_matmul.operands import Activation, Compensator, Layout
+from pallas_kernels.int4_matmul.operands import Activation, Activations, Compensator, Layout
 from pallas_kernels.int4_matmul.projection import MOST_ROWS, project_hopper
 from pallas_kernels.int4_matmul.reference import compensator_coordinates, gated_coordinates
 from pallas_kernels.packing import RANK_STEP, SIDE, to_fragments
@@ -58,6 +58,7 @@ def int4_matmul_mosaic_gpu(
     *,
     layout: Layout = "rows",
     activation: Activation | None = None,
+    activations: Activations = "as they are",
     config: HopperConfig | None = None,
     interpret: plgpu.InterpretGPUParams | bool = False,
 ) -> Float[Array, "*B N"]:
@@ -73,6 +74,10 @@ def int4_matmul_mosaic_gpu(
     """
     if x.dtype != jnp.bfloat16 or out_dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"the GPU kernel multiplies bfloat16, got {x.dtype} to {out_dtype}")
+    if activations == "int8":
+        raise NotImplementedError("the GPU kernel does not round x to int8")
+    if layout == "columns":
+        raise NotImplementedError("the GPU kernel reads rows or fragments, and this weight is laid out in columns")
     dispatch.refuse_other_gpus()
     *batch, k = x.shape
     n = packed.shape[0]

@@ -11,8 +11,13 @@ from pallas_kernels.packing import factor_from_fragments
 Activation = Literal["silu"]
 """What a product may end with: `silu(even) * odd` of its output channels, which alternate in blocks of 64."""
 
-Layout = Literal["rows", "fragments"]
-"""Order of the codes of a weight: packed row by row, or as a Hopper warpgroup reads them (`fragments`)."""
+Layout = Literal["rows", "fragments", "columns"]
+"""Order of the codes of a weight: packed row by row; as a Hopper warpgroup reads them (`fragments`); or `columns`: the
+transpose of rows, [K/2, N], which is how a TPU's vector memory takes bytes apart. Beside the last two, scales and zero
+points are [G, N]."""
+
+Activations = Literal["as they are", "int8"]
+"""What x is multiplied as: its own type, or int8 with one scale a row, rounded at every call."""
 
 # Array fields are annotated `Any`: `jax.tree.map` puts other things than arrays into registered dataclasses.
 

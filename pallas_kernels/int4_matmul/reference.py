@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from pallas_kernels.int4_matmul.operands import Activation, Compensator, Gate, Layout
+from pallas_kernels.int4_matmul.operands import Activation, Activations, Compensator, Gate, Layout
 from pallas_kernels.packing import SIDE, from_fragments, unpack_int4
 
 _TINY_POWER = 1e-12
@@ -78,10 +78,15 @@ def int4_matmul_xla(
     *,
     layout: Layout = "rows",
     activation: Activation | None = None,
+    activations: Activations = "as they are",
 ) -> Float[Array, "*B N"]:
     """Compute what `int4_matmul` documents: products of x's dtype, sums and epilogue in float32."""
-    if layout == "fragments":
-        packed, scale, zero = from_fragments(packed), scale.T, None if zero is None else zero.T
+    if activations == "int8":
+        codes, x_scale = int8_rows(x)
+        x = codes.astype(jnp.float32) * x_scale
+    if layout != "rows":
+        packed = from_fragments(packed) if layout == "fragments" else packed.T
+        scale, zero = scale.T, None if zero is None else zero.T
     # One scale a row factors out of the sum, so codes, exact in any float type, are what gets multiplied.
     factored = scale.shape[-1] == 1 and zero is None
     weight = unpack_int4(packed).astype(x.dtype) if factored else dequantize(packed, scale, zero, dtype=x.dtype)
@@ -98,6 +103,13 @@ def int4_matmul_xla(
         pairs = y.reshape(*y.shape[:-1], -1, 2, SIDE)
         y = (jax.nn.silu(pairs[..., 0, :]) * pairs[..., 1, :]).reshape(*y.shape[:-1], -1)
     return y.astype(out_dtype)
+
+
+def int8_rows(x: Float[Array, "*B K"]) -> tuple[Int8[Array, "*B K"], Float[Array, "*B 1"]]:
+    """Round each row to the nearest of 255 codes, scale = max|x| / 127."""
+    wide = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / 127, 1e-12)
+    return jnp.round(wide / scale).astype(jnp.int8), scale
 
 
 def low_rank_output(z: Float[Array, "*B R"], compensator: Compensator) -> Float[Array, "*B N"]:

@@ -27,7 +27,13 @@ def _decode_mosaic_gpu(*args: Any, **kwargs: Any) -> tuple[Array, Array, Array]:
     return paged_decode_mosaic_gpu(*args, **kwargs)
 
 
-_BACKENDS = {"mosaic_gpu": _mosaic_gpu, "xla": paged_attention_xla}
+def _mosaic_tpu(*args: Any, **kwargs: Any) -> Array:
+    from pallas_kernels.paged_attention.tpu import paged_attention_mosaic_tpu
+
+    return paged_attention_mosaic_tpu(*args, **kwargs)
+
+
+_BACKENDS = {"mosaic_gpu": _mosaic_gpu, "mosaic_tpu": _mosaic_tpu, "xla": paged_attention_xla}
 _DECODE_BACKENDS = {"mosaic_gpu": _decode_mosaic_gpu, "xla": paged_decode_xla}
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dispatch import platform
 from pallas_kernels.int4_matmul import Compensator
 from pallas_kernels.tails import glu_project
 from spear_jax.config import UNLIMITED_WINDOW, ModelConfig
@@ -121,9 +122,9 @@ class Layer(nnx.Module):
                 return getattr(self, name)(x, compensator=own.get(name), z=z)
 
         def before(name: str) -> Compensator | None:
-            """Give the compensator of a linear whose coordinates come with its input, not with the product itself."""
+            """Give the compensator of a linear whose coordinates come with its input; else its product makes them."""
             compensator = own.get(name)
-            return None if compensator is None or compensator.a is None else compensator
+            return None if compensator is None or compensator.a is None or platform() != "gpu" else compensator
 
         def normed(update: Array, norm: RMSNorm | None) -> Array:
             return update if norm is None else norm(update)

@@ -55,9 +55,9 @@ class QuantTensor:
 
     Invariants: `packed` is int8 [..., N, K/2], low nibble first; `scale` is floating [..., N, G] with G dividing K;
     `zero` is int8 [..., N, G] in units of codes, or None for a symmetric weight. Leading axes (a stack of layers) are
-    shared by all three, so that slicing every leaf slices the weight. In the layout "fragments", a form to run and not
-    to store, codes are ordered as Hopper's tensor cores take them (`pallas_kernels.packing.to_fragments`), and scale
-    and zero are [..., G, N].
+    shared by all three, so that slicing every leaf slices the weight. Two further layouts are forms to run and not to
+    store, with scale and zero as [..., G, N]: in "fragments" codes are ordered as Hopper's tensor cores take them
+    (`pallas_kernels.packing.to_fragments`); in "columns", for TPUs, `packed` is transposed, [..., K/2, N].
     """
 
     packed: Any
@@ -77,7 +77,10 @@ class QuantTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight that this stands for: [..., N, K]."""
-        return (*self.packed.shape[:-1], 2 * self.packed.shape[-1])
+        *lead, n, half = self.packed.shape
+        if self.layout == "columns":
+            n, half = half, n
+        return (*lead, n, 2 * half)
 
     @property
     def group_size(self) -> int:
@@ -105,11 +108,27 @@ class QuantTensor:
         Raises:
             ValueError: N or K is not a multiple of 64.
         """
-        return self if self.layout == "fragments" else self._laid_out("fragments", to_fragments(self.packed))
+        if self.layout == "fragments":
+            return self
+        rows = self.in_rows()
+        return rows._laid_out("fragments", to_fragments(rows.packed))
+
+    def in_columns(self) -> Self:
+        """Give the weight in the layout that the kernel for TPUs reads."""
+        if self.layout == "columns":
+            return self
+        rows = self.in_rows()
+        return rows._laid_out("columns", jnp.swapaxes(rows.packed, -1, -2))
 
     def in_rows(self) -> Self:
         """Give the weight in the layout that is stored."""
-        return self if self.layout == "rows" else self._laid_out("rows", from_fragments(self.packed))
+        match self.layout:
+            case "rows":
+                return self
+            case "fragments":
+                return self._laid_out("rows", from_fragments(self.packed))
+            case "columns":
+                return self._laid_out("rows", jnp.swapaxes(self.packed, -1, -2))
 
     def _laid_out(self, layout: Layout, packed: Array) -> Self:
         def turned(values: Array | None) -> Array | None:

@@ -6,10 +6,11 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from pallas_kernels.topology import compiler_environment, gpu_topology
@@ -34,6 +35,29 @@ def interpreter():
 def interpreted(interpreter):
     with interpreter.extended_interpreter() as run:
         yield run
+
+
+@pytest.fixture
+def tpu_races() -> Iterator[Callable[[], bool]]:
+    """Say whether the TPU interpreter has seen a race in this test."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+    from jax.experimental.pallas import tpu as pltpu
+
+    pltpu.reset_tpu_interpret_mode_state()
+    yield lambda: interpreter.races is not None and interpreter.races.races_found
+    pltpu.reset_tpu_interpret_mode_state()
+
+
+@pytest.fixture
+def tpu_interpreted(tpu_races) -> Callable[..., Any]:
+    """Run a function that interprets TPU kernels, jitted; fail on a race."""
+
+    def run(function: Callable[..., Any], *operands: Any) -> Any:
+        out = jax.block_until_ready(jax.jit(function)(*operands))
+        assert not tpu_races(), "the interpreter found a race"
+        return out
+
+    return run
 
 
 @pytest.fixture(scope="module")

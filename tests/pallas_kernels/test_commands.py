@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from pallas_kernels import bench, tune, tuning
+from pallas_kernels import bench, tune, tune_tpu, tuning
+from pallas_kernels.tpus import GENERATIONS
 
 
 @pytest.mark.parametrize("command", [tune, bench])
@@ -38,3 +39,25 @@ def test_choices_are_shown(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["tune", "--show", "unknown", "--rows", "16"])
     tune.main()
     assert "| gate_up | 16 | rule | 16 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", GENERATIONS)
+def test_what_is_stored_for_a_tpu_is_what_the_model_chooses(name: str, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["tune_tpu", "--rows", "16"])
+    file = tune_tpu.write(tmp_path, GENERATIONS[name], [16])
+    chosen = json.loads(file.read_text())
+    assert chosen["measured"] is False
+    stored = tuning.read_table("int4_matmul", tuning.device_name(GENERATIONS[name].kinds[0]))
+    for entry in chosen["entries"]:
+        key = ",".join(f"{part}={value}" for part, value in sorted(entry["key"].items()))
+        assert stored[key] == entry["config"], key
+
+
+def test_decode_moves_little_more_than_the_codes(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tune_tpu"])
+    with pytest.raises(SystemExit):
+        tune_tpu.main()
+    assert "give --table or --output" in capsys.readouterr().err
+    lines = tune_tpu.table(["llama-3.1-8b"], [1, 16]).splitlines()[2:]
+    assert len(lines) == 2 * len(GENERATIONS)
+    assert all(float(line.split("|")[6]) < 1.1 for line in lines)

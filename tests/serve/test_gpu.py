@@ -1,12 +1,15 @@
-"""What a model is turned into for a Hopper GPU computes the same; the kernel itself is tested in pallas_kernels."""
+"""What a model is turned into for a GPU or a TPU computes the same; kernels are tested in pallas_kernels."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.dispatch import compiling_for
 from pallas_kernels.int4_matmul import Gate
 from serve.gpu import lay_out_for_hopper
+from serve.layout import lay_out
+from serve.tpu import lay_out_for_tpu
 from spear_jax.checkpoint import save_checkpoint
 from spear_jax.models.decoder import MODULES, Decoder
 from spear_jax.models.quantize import quantize_model
@@ -40,6 +43,23 @@ def test_the_model_computes_the_same(spec: QuantSpec):
     assert_close(jax.jit(lambda m: m(tokens)[0])(laid_out), model(tokens)[0], relative=1e-5)
 
 
+@pytest.mark.parametrize("spec", [QuantSpec(), QuantSpec(group_size=32, symmetric=False)], ids=["channel", "group"])
+def test_the_model_computes_the_same_laid_out_for_a_tpu(spec: QuantSpec):
+    model = quantized(spec)
+    tokens = jnp.arange(12)[None]
+    laid_out = lay_out_for_tpu(model)
+    assert laid_out.compensators["down"].at(1).bt.shape == (16, 128)
+    assert all(getattr(laid_out.layer(1), name).weight.layout == "columns" for name in MODULES)
+    assert_close(jax.jit(lambda m: m(tokens)[0])(laid_out), model(tokens)[0], relative=1e-5)
+
+
+def test_the_layout_follows_the_platform():
+    model = quantized(QuantSpec())
+    assert lay_out(model) is model
+    with compiling_for("tpu"):
+        assert lay_out(model).layer(0).qkv.weight.layout == "columns"
+
+
 def test_a_weight_that_does_not_fill_blocks_stays_as_it_is():
     layer = lay_out_for_hopper(quantized(QuantSpec(), intermediate_size=160)).layer(0)
     assert layer.down.weight.layout == "rows"
@@ -57,6 +77,13 @@ def test_layouts_hold_the_same_weight(symmetric: bool):
     assert fragments.group_size == tensor.group_size == 32
     np.testing.assert_array_equal(fragments.dequantize(), tensor.dequantize())
     jax.tree.map(np.testing.assert_array_equal, fragments.in_rows(), tensor)
+    columns = fragments.in_columns()
+    assert columns.shape == tensor.shape
+    assert columns.group_size == 32
+    assert columns.packed.shape == (2, 64, 64)
+    np.testing.assert_array_equal(columns.dequantize(), tensor.dequantize())
+    jax.tree.map(np.testing.assert_array_equal, columns.in_rows(), tensor)
+    jax.tree.map(np.testing.assert_array_equal, columns.in_fragments(), fragments)
     with pytest.raises(ValueError, match="multiples"):
         QuantTensor.from_codes(codes[:, :40], scale[:, :40]).in_fragments()
 

@@ -1,0 +1,73 @@
+"""Whole models compile ahead of time; what is refused is said."""
+
+import json
+import sys
+
+import pytest
+
+from serve import aot
+from serve.aot import AotConfig, compile_steps
+from spear_jax.models.quantize import weight_bytes
+
+LLAMA = "configs/models/llama-3.1-8b.yaml"
+
+
+def run(monkeypatch, capsys, *flags: str) -> dict:
+    monkeypatch.setattr(sys, "argv", ["aot", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        aot.main()
+    captured = capsys.readouterr()
+    if stopped.value.code:
+        return {"error": captured.err}
+    return json.loads(captured.out)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--topology", "v1:2x2"], "tpu must be one of v5e, v5p, v6e, tpu7x, got 'v1'"),
+        (["--topology", "h200", "--tp", "2"], "tp 2 on GPUs is not there yet"),
+        (["--model", "nothing.yaml"], "nothing.yaml does not exist"),
+        (["--slot", "3"], "slot"),
+    ],
+)
+def test_mistakes_are_one_line(monkeypatch, capsys, flags: list[str], message: str):
+    monkeypatch.setattr(aot.os, "environ", dict(aot.os.environ))
+    error = run(monkeypatch, capsys, *flags)["error"]
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_no_array_of_a_described_model_is_made():
+    config = AotConfig(tp=4)
+    model = aot.abstract_model(aot.load_yaml(aot.ModelConfig, LLAMA), config, aot.lay_out_for_tpu)
+    layer = model.layer(0)
+    assert layer.qkv.weight.shape == (1536, 4096)
+    assert layer.down.linear.weight.shape == (4096, 3584)
+    assert model.head.shape == (128256 // 4, 4096)
+    # A quarter of 3.5 GB of codes and of the head, and the whole of the embedding.
+    assert 2.1e9 < weight_bytes(model) < 2.3e9
+
+
+@pytest.mark.aot
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("topology", "tp"),
+    [("v5e:2x2", 1), ("v5p:2x2x1", 1), ("v6e:2x2", 1), ("tpu7x:2x2x1", 1), ("v6e:2x2", 4), ("h200", 1)],
+)
+def test_a_model_compiles_with_its_kernels(topology: str, tp: int):
+    """Two layers of Llama-3.1-8B: weights come in packed, and nothing as large as one is made on the way."""
+    pytest.importorskip("jax_cuda13_plugin" if topology == "h200" else "libtpu")
+    config = AotConfig(topology=topology, tp=tp, layers=2)
+    model = aot.abstract_model(
+        aot.dataclasses.replace(aot.load_yaml(aot.ModelConfig, LLAMA), num_layers=2),
+        config,
+        aot.lay_out_for_hopper if topology == "h200" else aot.lay_out_for_tpu,
+    )
+    for result in compile_steps(config):
+        assert result["kernel_calls"] >= 4
+        assert result["argument_bytes"] < 1.02 * weight_bytes(model) + 2 * 16 * 8 * 2432 * 128 * 2 * 2 // tp
+        assert result["temporary_bytes"] < (100 if topology == "h200" else 48) * 2**20
+        assert result["hbm_bytes"] < result["argument_bytes"] + result["temporary_bytes"] + 2**20
+        assert result["compiler_flops"] is None or topology == "h200" or result["compiler_flops"] > 0
+        assert result["roofline_ms"] > 0
