@@ -100,6 +100,8 @@ def _arrays(stack: Linear, layer: Int[Array, ""]) -> _Arrays:
 class CpuLinear(nnx.Module):
     """A linear for a CPU: float32 weights for several rows and, of an int4 weight, codes of a byte each for one."""
 
+    activation = None  # as `Linear` has it: nothing is applied here
+
     def __init__(self, arrays: _Arrays) -> None:
         self.weight, self.bias, self.codes, self.scale = (
             None if array is None else nnx.Param(array)
