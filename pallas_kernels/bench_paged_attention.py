@@ -108,7 +108,7 @@ def measure(step: Step) -> dict[str, Any]:
     if step.variant == "bandwidth":
         from pallas_kernels.bench import read_bandwidth
 
-        return {"bytes_per_second": read_bandwidth()}
+        return {"bytes_per_second": read_bandwidth(), "device": jax.devices()[0].device_kind}
     shape = SHAPES[step.shape]
     q, table, lengths, starts = _queries(shape)
     caches = [_pages(shape, seed) for seed in range(copies(shape.bytes))]

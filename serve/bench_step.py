@@ -62,7 +62,7 @@ class StepConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of activations."""
 
-    command_buffers: Literal["default", "whole", "none"] = "default"
+    command_buffers: Literal["default", "whole", "none"] = "whole"
     """How much of a step is one CUDA graph: as XLA has it, with the branches of sampling, or nothing."""
 
     steps: int = 50

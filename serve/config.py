@@ -48,7 +48,7 @@ class ServeConfig:
     prefill_buckets: tuple[int, ...] = (64, 256)
     """Sizes prompts are cut and padded to. Each is one program to compile."""
 
-    command_buffers: Literal["default", "whole", "none"] = "default"
+    command_buffers: Literal["default", "whole", "none"] = "whole"
     """On a GPU, how much of a step is launched as one CUDA graph. default: what XLA captures, which leaves out branches
     with loops, as random sampling has: the host waits before them. whole: these too. none: kernel by kernel."""
 
