@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--compile-threads", type=int, default=8, help="programs compiled at a time")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no shape after so long")
     parser.add_argument(
-        "--show", metavar="DEVICE", help="print what would be used on a device (`nvidia-h200`), tune nothing"
+        "--show", metavar="DEVICE", help="print what would be used on a device (`nvidia-h100-80gb-hbm3`), tune nothing"
     )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tuned")
     flags = parser.parse_args()

@@ -56,10 +56,10 @@ def product(m: int, n: int, k: int, *, group: int = -1, rank: int = 0, **options
 
 def tuned() -> dict[str, dict]:
     problems = {}
-    for name, config in read_table("int4_matmul", "nvidia-h200").items():
+    for name, config in read_table("int4_matmul", "nvidia-h100-80gb-hbm3").items():
         key = {part.split("=")[0]: int(part.split("=")[1]) for part in name.split(",")}
         group = -1 if key["groups"] == 1 else key["k"] // key["groups"]
-        shape = {"n": key["n"], "k": key["k"], "group": group, "rank": key["rank"]}
+        shape = {"n": key["n"], "k": key["k"], "group": group, "rank": key["rank"], "projected": key["rank"] > 0}
         problems[f"tuned {name}"] = product(key["tile_m"], **shape, **config)
     return problems
 

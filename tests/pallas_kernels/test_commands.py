@@ -31,11 +31,11 @@ def test_entries_replace_those_of_the_same_key(tmp_path, monkeypatch):
 
 
 def test_choices_are_shown(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["tune", "--show", "nvidia-h200", "--rows", "16", "33"])
+    monkeypatch.setattr("sys.argv", ["tune", "--show", "nvidia-h100-80gb-hbm3", "--rows", "32", "33"])
     tune.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("| weight | rows | from | tile_m | row_tiles")
-    assert any(line.startswith("| gate_up | 16 | tuned | 16 | 4 | 1 | 1 |") for line in lines)
+    assert any(line.startswith("| gate_up | 32 | tuned | 32 | 4 | 1 | 1 |") for line in lines)
     monkeypatch.setattr("sys.argv", ["tune", "--show", "unknown", "--rows", "16"])
     tune.main()
     assert "| gate_up | 16 | rule | 16 |" in capsys.readouterr().out
