@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from pallas_kernels.int4_matmul import Activation
 from spear_jax.models.decoder import MODULES, NORMS, Decoder, Layer
 from spear_jax.nn.attention import Attend, causal_attend
 from spear_jax.nn.linear import Linear, RMSNorm
@@ -50,6 +51,11 @@ class _Watch:
         if not (_finite(x) and _finite(y)):
             self.found.append(self.name if _finite(x) else f"the input of {self.name}")
         return y
+
+    @property
+    def activation(self) -> Activation | None:
+        """Give what the product of a linear ends with."""
+        return self.part.activation if isinstance(self.part, Linear) else None
 
     def of_sum(self, residual: Array, update: Array | None, **_: Any) -> tuple[Array, Array, None]:
         """Do what `RMSNorm.of_sum` does, leaving coordinates to the product that wants them."""

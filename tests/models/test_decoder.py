@@ -16,6 +16,8 @@ from spear_jax.quant import CompensatorBank, QuantSpec
 from spear_jax.testing import assert_close, random_weights, tiny_config
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 12))
+ROUNDING = 2e-6
+"""What programs that XLA fuses differently may differ by: 1.06e-6 on a CPU with AVX-512, below 1e-6 on others."""
 RANKS = {"qkv": (2, 0, 3), "o": (0, 0, 4), "gate_up": (1, 5, 2), "down": (0, 0, 0)}
 
 
@@ -79,4 +81,4 @@ def test_layers_of_two_windows_are_traced_twice() -> None:
 
     hidden, _ = jax.jit(lambda m: m(TOKENS, attend=attend))(unstack(model))
     assert sorted(windows) == sorted(set(model.config.windows))
-    assert_close(hidden, jax.jit(by_hand)(model), relative=1e-6)
+    assert_close(hidden, jax.jit(by_hand)(model), relative=ROUNDING)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ CUTS = {
     "cluster of 4, one reducer": HopperConfig(tile_m=8, row_tiles=2, splits=4, blocks=1),
     "many rows": HopperConfig(tile_m=64, row_tiles=2, splits=2, blocks=1, slots=2),
 }
-QUICK = {("one block", "group"), ("parts", "channel"), ("cluster", "channel"), ("cluster of 4, one reducer", "group")}
+QUICK = {("parts", "channel", None), ("parts", "group", "silu"), ("cluster", "channel", "silu")}
 KINDS = {
     "channel": Case(m=1, n=256, k=256, rank=16, int8_factors=True, bias=True),
     "group": Case(m=1, n=256, k=256, rank=32, int8_factors=True, group=64, symmetric=False),
@@ -69,10 +70,12 @@ def compare(interpreted, interpreter, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize(
-    ("cut", "kind"),
-    [pytest.param(c, k, marks=() if (c, k) in QUICK else pytest.mark.slow) for c in CUTS for k in KINDS],
+    ("cut", "kind", "activation"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in itertools.product(CUTS, KINDS, (None, "silu"))
+    ],
 )
 def test_coordinates_and_activation_in_one_launch(compare, cut: str, kind: str, activation):
     config, case = CUTS[cut], KINDS[kind]
