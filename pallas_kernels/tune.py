@@ -31,7 +31,7 @@ from pallas_kernels.int4_matmul.gpu import (
     tile_rows,
     variants,
 )
-from pallas_kernels.int4_matmul.hopper import HopperConfig
+from pallas_kernels.int4_matmul.plan import HopperConfig
 from pallas_kernels.packing import factor_to_fragments
 from pallas_kernels.shapes import SHAPES, copies
 from pallas_kernels.timing import compile_all, failure_message, kernel_microseconds

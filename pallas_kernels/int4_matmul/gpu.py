@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, Int8, Shaped
 
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.hopper import SHARED_BYTES, thread_registers, whole_rows
-from pallas_kernels.int4_matmul.hopper import MOST_PROJECTED_ROWS, RATIONED_ROWS, HopperConfig, int4_matmul_hopper
+from pallas_kernels.int4_matmul.hopper import int4_matmul_hopper
 from pallas_kernels.int4_matmul.operands import Activation, Activations, Compensator, Layout
+from pallas_kernels.int4_matmul.plan import MOST_PROJECTED_ROWS, RATIONED_ROWS, HopperConfig
 from pallas_kernels.int4_matmul.projection import MOST_ROWS, project_hopper
 from pallas_kernels.int4_matmul.reference import compensator_coordinates, gated_coordinates
 from pallas_kernels.packing import RANK_STEP, SIDE, to_fragments

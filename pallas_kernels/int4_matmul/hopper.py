@@ -2,8 +2,9 @@
 
 A block of threads computes `row_tiles` x 64 output channels for `tile_m` rows of x. The weight is the left operand of
 wgmma (operands swapped), so that a few rows of x cost few columns of tensor-core work; codes become bfloat16 in the
-registers that wgmma reads. Codes and x come into shared memory by TMA, which one further warpgroup issues: codes need
-not be shared, but there more of them can be under way than registers hold. K may be split over `k_parts` warpgroups
+registers that wgmma reads. Codes and x come into shared memory by TMA: codes need not be shared, but there more of
+them can be under way than registers hold. The computing warpgroups begin the first copies, one further warpgroup the
+others. K may be split over `k_parts` warpgroups
 of a block and over the `splits` blocks of a cluster; partial sums meet in shared memory of the cluster, each block
 summing its share of the rows of x in fixed order, so that results do not depend on timing.
 
@@ -13,9 +14,7 @@ blocks of a row of clusters all compute them, which costs reading A from the sec
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,76 +23,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Int8, Shaped
 
-from pallas_kernels.hopper import WGMMA, Accumulator, feed_and_compute, hold, row_values, shared_tile, whole_rows
+from pallas_kernels.hopper import WGMMA, Accumulator, feed_and_compute, hold, row_values, whole_rows
+from pallas_kernels.int4_matmul.feed import PAIRED_COLUMNS, Block
 from pallas_kernels.int4_matmul.fragments import CODE_BYTES, CODE_ROWS, read_factor, read_words, unpack_words
+from pallas_kernels.int4_matmul.plan import RATIONED_ROWS, HopperConfig
 from pallas_kernels.packing import RANK_STEP, SIDE
 
 _FEEDER_REGISTERS = 40
-_MOST_BLOCKS = 256 // CODE_ROWS
-"""Blocks of 64 columns in a copy: the copy engine takes 256 lines."""
-
-_PAIRED_COLUMNS = 32
-RATIONED_ROWS = 128
-"""Rows of x in a tile from which on the computing warpgroups get registers of the feeding one."""
-
-_WARPGROUP = 128
-_MOST_THREADS = 1024
-MOST_PROJECTED_ROWS = 64
-"""Rows of x up to which a product computes the coordinates of its compensator itself."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HopperConfig:
-    """How a product is cut up.
-
-    `tile_m` rows of x a block takes (a multiple of 8, at most 256); `row_tiles` warpgroups side by side, 64 output
-    channels each; `k_parts` warpgroups and `splits` blocks of a cluster that share K; `blocks` of 64 columns in a step,
-    which one copy brings and which are converted one by one, each while the one before is multiplied;
-    `slots` steps that are in shared memory or on the way there; `overlap` lets the kernel start while the one before it
-    still runs.
-    """
-
-    tile_m: int
-    row_tiles: int = 1
-    k_parts: int = 1
-    splits: int = 1
-    blocks: int = 2
-    slots: int = 4
-    overlap: bool = True
-
-    def check(self, *, n: int, k: int, groups: int, projected: bool = False, paired: bool = False) -> None:
-        """Raise NotImplementedError where a weight [n, k] with so many groups of columns cannot be cut up like this.
-
-        `projected` says that coordinates are computed along with the product, `paired` that tiles belong together.
-        """
-        if (self.row_tiles + projected) * self.k_parts * _WARPGROUP + _WARPGROUP > _MOST_THREADS:
-            raise NotImplementedError(f"{self.row_tiles} tiles x {self.k_parts} parts take more than 1,024 threads")
-        if projected and self.tile_m > MOST_PROJECTED_ROWS:
-            raise NotImplementedError(f"coordinates are for up to {MOST_PROJECTED_ROWS} rows, got {self.tile_m}")
-        if paired and self.row_tiles % 2:
-            raise NotImplementedError(f"paired tiles go two by two into a block, got row_tiles={self.row_tiles}")
-        if self.tile_m % 8 or not 8 <= self.tile_m <= 256:
-            raise NotImplementedError(f"tile_m must be a multiple of 8 up to 256, got {self.tile_m}")
-        if self.blocks > _MOST_BLOCKS:
-            raise NotImplementedError(f"a copy brings {_MOST_BLOCKS} blocks at most, got {self.blocks}")
-        if n % (SIDE * self.row_tiles):
-            raise NotImplementedError(f"{n} output channels are no multiple of {self.row_tiles} tiles of {SIDE}")
-        share = SIDE * self.k_parts * self.splits * self.blocks
-        if k % share:
-            raise NotImplementedError(f"{k} columns are no multiple of {share}: 64 x k_parts x splits x blocks")
-        step, group = SIDE * self.blocks, k // groups
-        if groups > 1 and any(size % group and group % size for size in (step, SIDE)):
-            raise NotImplementedError(f"groups of {group} columns, blocks of {SIDE}, steps of {step}: no multiples")
-
-    @property
-    def parts(self) -> int:
-        """Pieces that K is cut into."""
-        return self.k_parts * self.splits
-
-    @property
-    def reducers(self) -> int:
-        """Blocks of a cluster that sum partial results, each for tile_m / reducers rows of x."""
-        return math.gcd(self.splits, self.tile_m // 8)
 
 
 def int4_matmul_hopper(
@@ -161,190 +97,19 @@ def int4_matmul_hopper(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kernel:
-    """The program of a block, for shapes and settings that are known while it is traced."""
-
-    config: HopperConfig
-    n: int
-    k: int
-    groups: int
-    rank: int
-    projected: bool
-    paired: bool
-    out_dtype: jnp.dtype
-    interpret: bool
-
-    @property
-    def tiles(self) -> int:
-        """Warpgroups that compute for a part of K: tiles of output channels, and one of coordinates."""
-        return self.config.row_tiles + self.projected
-
-    @property
-    def part_blocks(self) -> int:
-        return self.k // SIDE // self.config.parts
-
-    @property
-    def steps(self) -> int:
-        return self.part_blocks // self.config.blocks
-
-    @property
-    def slots(self) -> int:
-        return min(self.config.slots, self.steps)
-
-    @property
-    def piece(self) -> int:
-        """Columns that one chain of wgmma takes: a block's, or a group's where those are fewer."""
-        return min(SIDE, self.k // self.groups)
-
-    @property
-    def scaled_weights(self) -> bool:
-        """Say whether group scales go onto weights, where accumulators for each group would take too many registers."""
-        return self.groups > 1 and self.config.tile_m > 16
-
-    @property
-    def overlap(self) -> bool:
-        return self.config.overlap and not self.interpret
-
-    @property
-    def pieces(self) -> int:
-        """Chains of wgmma in a block."""
-        return SIDE // self.piece
-
-    @property
-    def step_groups(self) -> int:
-        """Groups of columns that a step has scales of."""
-        return max(1, SIDE * self.config.blocks * self.groups // self.k)
-
-    def scratch(self, scale, zero, b) -> dict:
-        config = self.config
-        step, tile_m, share = SIDE * config.blocks, config.tile_m, config.tile_m // config.reducers
-        chunk = min(SIDE, self.piece)  # columns of a swizzled tile of x: no chain of wgmma may begin inside one
-        rings = config.k_parts * self.slots
-        codes = (config.k_parts, self.slots, config.row_tiles, config.blocks * CODE_ROWS, CODE_BYTES)
-        shapes = {
-            "code_ring": plgpu.SMEM(codes, jnp.int8),
-            "x_ring": shared_tile((config.k_parts, self.slots, tile_m, step), jnp.bfloat16, row=chunk * 2),
-            "full": plgpu.Barrier(
-                num_arrivals=2 + self.projected + (self.groups > 1) * (1 if zero is None else 2), num_barriers=rings
-            ),
-            "empty": plgpu.Barrier(num_arrivals=self.tiles, num_barriers=rings),
-            "y_tile": shared_tile((config.row_tiles // (1 + self.paired), share, SIDE), self.out_dtype, row=128),
-        }
-        if config.parts > 1:
-            shapes["sums"] = shared_tile((config.parts, self.tiles, SIDE, share), jnp.float32, row=share * 4)
-            shapes["sums_full"] = plgpu.Barrier(num_arrivals=config.parts, num_barriers=self.tiles)
-        if self.paired:
-            pairs = config.row_tiles // 2
-            # In float32 a large tile would take the room of two slots.
-            dtype = jnp.dtype(jnp.float32 if share <= SIDE else jnp.bfloat16)
-            shapes["odd_tile"] = shared_tile(
-                (pairs, SIDE, share), dtype, row=min(share, _PAIRED_COLUMNS) * dtype.itemsize
-            )
-            shapes["odd_full"] = plgpu.Barrier(num_barriers=pairs)
-        if self.groups > 1:
-            values = (config.k_parts, self.slots, self.step_groups, SIDE * config.row_tiles)
-            shapes["scale_ring"] = plgpu.SMEM(values, scale.dtype)
-            if zero is not None:
-                shapes["zero_ring"] = plgpu.SMEM(values, zero.dtype)
-        if b is not None:
-            rank = b.shape[1]
-            shapes["b_tile"] = plgpu.SMEM((SIDE * config.row_tiles, rank), b.dtype)
-            shapes["b_full"] = plgpu.Barrier()
-            z_shape = (share, SIDE) if self.projected else (tile_m, rank)
-            shapes["z_tile"] = shared_tile(z_shape, jnp.bfloat16, row=rank * 2)
-            shapes["z_full"] = plgpu.Barrier()
-        if self.projected:
-            shapes["a_ring"] = plgpu.SMEM((config.k_parts, self.slots, config.blocks * self.rank, SIDE), jnp.bfloat16)
-        return shapes
+class _Kernel(Block):
+    """The program of a block."""
 
     def __call__(self, **refs) -> None:
         compute = self.tiles * self.config.k_parts
         # Large tiles take more registers than an even share; one warpgroup alone has as many as a thread can have.
         rationed = not self.interpret and self.config.tile_m >= RATIONED_ROWS and compute > 1
         feed_and_compute(
-            functools.partial(self._feed, **refs),
+            functools.partial(self.feed, **refs),
             functools.partial(self._compute, **refs),
             compute=compute,
             feeder=_FEEDER_REGISTERS if rationed else None,
         )
-
-    def _copies(
-        self, *, x: Any, packed: Any, x_ring: Any, code_ring: Any, full: Any, scale: Any, zero=None, a=None, **refs: Any
-    ) -> tuple[Callable[..., None], Callable[..., None]]:
-        """Give functions that bring a step's codes and groups' values, and its columns of x, into shared memory."""
-        config = self.config
-        first_tile = lax.axis_index("n") * config.row_tiles
-        tiles, channels = pl.ds(first_tile, config.row_tiles), pl.ds(first_tile * SIDE, config.row_tiles * SIDE)
-        rows = pl.ds(lax.axis_index("m") * config.tile_m, config.tile_m)
-
-        def block(i, part):
-            return (lax.axis_index("split") * config.k_parts + part) * self.part_blocks + i * config.blocks
-
-        def copy_weights(i, part, slot):
-            barrier, first = full.at[part * self.slots + slot], block(i, part)
-            lines = pl.ds(first * CODE_ROWS, config.blocks * CODE_ROWS)
-            plgpu.copy_gmem_to_smem(packed.at[tiles, lines], code_ring.at[part, slot], barrier)
-            if a is not None:
-                factors = pl.ds(first * self.rank, config.blocks * self.rank)
-                plgpu.copy_gmem_to_smem(a.at[factors], refs["a_ring"].at[part, slot], barrier)
-            if self.groups > 1:
-                groups = pl.ds(first * SIDE * self.groups // self.k, self.step_groups)
-                for name, values in {"scale_ring": scale, "zero_ring": zero}.items():
-                    if values is not None:
-                        plgpu.copy_gmem_to_smem(values.at[groups, channels], refs[name].at[part, slot], barrier)
-
-        def copy_x(i, part, slot):
-            columns = pl.ds(block(i, part) * SIDE, SIDE * config.blocks)
-            plgpu.copy_gmem_to_smem(x.at[rows, columns], x_ring.at[part, slot], full.at[part * self.slots + slot])
-
-        return copy_weights, copy_x
-
-    def _fill(self, part, row_tile, **refs) -> None:
-        """Fill the slots of a part of K for the first time, the warpgroups of its tiles a share each.
-
-        A thread begins one copy after the other: one warpgroup alone would be at it for long.
-        """
-        copy_weights, copy_x = self._copies(**refs)
-
-        def share(copy):
-            def one(j, _):
-                i = j * self.config.row_tiles + row_tile
-                pl.when(i < self.slots)(lambda: copy(i, part, i))
-
-            lax.fori_loop(0, -(-self.slots // self.config.row_tiles), one, None)
-
-        share(copy_weights)
-        if self.overlap:  # what comes next may be of the kernel before
-            plgpu.griddepcontrol_wait()
-        share(copy_x)
-
-    def _feed(self, *, empty, b=None, z=None, **refs) -> None:
-        """Bring further steps into shared memory as slots become free, and what the epilogue needs."""
-        config = self.config
-        copy_weights, copy_x = self._copies(**refs)
-        if b is not None:
-            channels = pl.ds(lax.axis_index("n") * config.row_tiles * SIDE, config.row_tiles * SIDE)
-            plgpu.copy_gmem_to_smem(b.at[channels], refs["b_tile"], refs["b_full"])
-        if self.overlap:
-            plgpu.griddepcontrol_wait()
-        if z is not None:
-            rows = pl.ds(lax.axis_index("m") * config.tile_m, config.tile_m)
-            plgpu.copy_gmem_to_smem(z.at[rows], refs["z_tile"], refs["z_full"])
-
-        def step(i, _):
-            slot = lax.rem(i, jnp.int32(self.slots))
-            for part in range(config.k_parts):
-                plgpu.barrier_wait(empty.at[part * self.slots + slot])
-                copy_weights(i, part, slot)
-                copy_x(i, part, slot)
-
-        lax.fori_loop(self.slots, self.steps, step, None)
-        for at in range(config.k_parts * self.slots):
-            plgpu.barrier_wait(empty.at[at])
-        if b is not None:  # a block that sums nothing does not use it, but may not end before it has come
-            plgpu.barrier_wait(refs["b_full"])
-        if z is not None:
-            plgpu.barrier_wait(refs["z_full"])
 
     def _compute(self, warpgroup, **refs) -> None:
         k_part, tile = warpgroup // self.tiles, warpgroup % self.tiles
@@ -389,7 +154,7 @@ class _Kernel:
         """Multiply the codes of a tile of 64 output channels with a part of K."""
         config = self.config
         shared = {"code_ring": code_ring, "x_ring": x_ring, "full": full, "scale": scale, "zero": zero}
-        self._fill(k_part, row_tile, **shared, **refs)
+        self.fill(k_part, row_tile, **shared, **refs)
         tile = lax.axis_index("n") * config.row_tiles + row_tile
         rows = pl.ds(tile * SIDE, SIDE)
 
@@ -519,8 +284,7 @@ class _Kernel:
 
     def _store(self, y, first, row_tile, tile, *, out, y_tile, odd_tile=None, **_) -> None:
         rows = pl.ds(tile * SIDE, SIDE)
-        # A few columns at a time: registers do not hold both tiles of a pair.
-        count = y.shape[1] if odd_tile is None else min(y.shape[1], _PAIRED_COLUMNS)
+        count = y.shape[1] if odd_tile is None else min(y.shape[1], PAIRED_COLUMNS)
         for i in range(0, y.shape[1], count):
             piece = y[:, i : i + count]
             if odd_tile is not None:

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.int4_matmul.gpu import int4_matmul_mosaic_gpu
-from pallas_kernels.int4_matmul.hopper import HopperConfig, int4_matmul_hopper
+from pallas_kernels.int4_matmul.hopper import int4_matmul_hopper
+from pallas_kernels.int4_matmul.plan import HopperConfig
 from pallas_kernels.paged_attention import plan
 from pallas_kernels.paged_attention.gpu import paged_attention_mosaic_gpu, paged_decode_mosaic_gpu
 from pallas_kernels.tails.hopper import tail_hopper

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.int4_matmul.hopper import HopperConfig
+from pallas_kernels.int4_matmul.plan import HopperConfig
 from pallas_kernels.topology import tpu_topology
 from pallas_kernels.tuning import read_table
 from spear_jax.models.decoder import Decoder

@@ -14,7 +14,7 @@ from pallas_kernels.int4_matmul import gpu as gpu_backend
 from pallas_kernels.int4_matmul.cases import CASES, Case
 from pallas_kernels.int4_matmul.fragments import unpack_words
 from pallas_kernels.int4_matmul.gpu import int4_matmul_mosaic_gpu
-from pallas_kernels.int4_matmul.hopper import HopperConfig
+from pallas_kernels.int4_matmul.plan import HopperConfig
 from pallas_kernels.packing import to_fragments, unpack_int4
 
 SUM = 2e-6

@@ -14,7 +14,7 @@ from pallas_kernels.int4_matmul import gpu as gpu_backend
 from pallas_kernels.int4_matmul.cases import Case
 from pallas_kernels.int4_matmul.fragments import read_factor
 from pallas_kernels.int4_matmul.gpu import int4_matmul_mosaic_gpu
-from pallas_kernels.int4_matmul.hopper import HopperConfig
+from pallas_kernels.int4_matmul.plan import HopperConfig
 from pallas_kernels.packing import factor_from_fragments, factor_to_fragments, to_fragments
 
 TOLERANCE = 1e-2

@@ -5,7 +5,7 @@ import pytest
 
 from pallas_kernels import tuning
 from pallas_kernels.int4_matmul.gpu import Shape, candidates, choose_config, tile_rows
-from pallas_kernels.int4_matmul.hopper import HopperConfig
+from pallas_kernels.int4_matmul.plan import HopperConfig
 
 H100 = "nvidia-h100-80gb-hbm3"
 SHAPES = {
