@@ -47,7 +47,7 @@ def device_kind() -> str:
 def is_hopper() -> bool:
     """Say whether programs are for Hopper GPUs: this process has them, or something is compiled for a GPU elsewhere."""
     if (target := _TARGET.get()) is not None:
-        return target == "gpu"
+        return target[0] == "gpu"
     return jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") == "9.0"
 
 

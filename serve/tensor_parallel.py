@@ -40,21 +40,33 @@ class RowParallel(nnx.Module):
         self.linear = linear
         self.parts = parts
 
-    def __call__(self, x: Float[Array, "*B K"], *, compensator: Compensator | None = None) -> Float[Array, "*B N"]:
-        """Apply the layer to this device's inputs; all devices get the whole result."""
+    activation = None  # as `Linear` has it: nothing is applied to a part of a sum
+
+    def __call__(
+        self,
+        x: Float[Array, "*B K"],
+        *,
+        compensator: Compensator | None = None,
+        z: Float[Array, "*B R"] | None = None,
+    ) -> Float[Array, "*B N"]:
+        """Apply the layer to this device's inputs; all devices get the whole result.
+
+        Coordinates of this device's inputs alone, gated as they are, would be no part of the whole's: `z` is not taken.
+        """
+        del z
         weight = self.linear.weight
         if not isinstance(weight, QuantTensor) or self.linear.bias is not None:
             raise NotImplementedError("only int4 linears without a bias are divided by their inputs")
-        z = None
+        total = None
         if compensator is not None:
             gate = compensator.gate
             if gate is not None and not gate.published:
                 raise NotImplementedError("gates that see more of x than z are not divided")
             partial = compensator_coordinates(x, dataclasses.replace(compensator, gate=None))
-            z = jax.lax.psum(partial, AXIS)
-            z = (z if gate is None else gated_coordinates(x, z, None, gate)) / self.parts
+            total = jax.lax.psum(partial, AXIS)
+            total = (total if gate is None else gated_coordinates(x, total, None, gate)) / self.parts
         y = int4_matmul(
-            x, weight.packed, weight.scale, zero=weight.zero, compensator=compensator, z=z,
+            x, weight.packed, weight.scale, zero=weight.zero, compensator=compensator, z=total,
             out_dtype=jnp.float32, layout=weight.layout,
         )  # fmt: skip
         return jax.lax.psum(y, AXIS).astype(x.dtype)

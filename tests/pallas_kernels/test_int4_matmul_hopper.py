@@ -237,8 +237,8 @@ def test_other_gpus_are_refused(monkeypatch):
 
 def test_an_unknown_layout_is_refused():
     (x, packed, scale), _ = in_bfloat16(Case(m=4, n=64, k=128))
-    with pytest.raises(ValueError, match="layout must be rows or fragments, got 'columns'"):
-        int4_matmul(x, packed, scale, layout="columns")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="layout must be rows, fragments or columns, got 'tiles'"):
+        int4_matmul(x, packed, scale, layout="tiles")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"scale must be \[G, 64\] with G dividing 128, got \[64, 1\]"):
         int4_matmul(x, to_fragments(packed), scale, layout="fragments")
 

@@ -141,25 +141,31 @@ def _pairs():
     names = itertools.cycle([name for name in CONFIGS if not name.startswith(("two", "cluster"))])
     yield from zip(CASES, names, strict=False)
     yield from [
-        ("chunk", "two tiles of rows"),
         ("chunk_window", "two tiles of rows, split"),
-        ("chunk_padded", "two tiles of rows, split"),
-        ("chunk_int8", "two tiles of rows"),
-        ("decode", "two tiles of rows"),
-        ("empty_sequences", "three splits"),
-        ("window", "parts and splits"),
         ("fp8", "parts and splits"),
         ("empty_sequences", "cluster of two"),
         ("window", "cluster of four"),
+        *_SLOW,
     ]
 
 
-_SLOW = [("decode", "cluster of eight"), ("empty_sequences", "cluster of four"), ("int8", "cluster of two")]
+_SLOW = [
+    ("decode", "cluster of eight"),
+    ("empty_sequences", "cluster of four"),
+    ("int8", "cluster of two"),
+    ("chunk", "two tiles of rows"),
+    ("chunk_padded", "two tiles of rows, split"),
+    ("chunk_int8", "two tiles of rows"),
+    ("decode", "two tiles of rows"),
+    ("empty_sequences", "three splits"),
+    ("window", "parts and splits"),
+]
+"""Pairs that take seconds each and find what others of them do."""
 
 
 @pytest.mark.parametrize(
     ("case", "config"),
-    [*dict.fromkeys(_pairs()), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in _SLOW)],
+    [pytest.param(*pair, marks=pytest.mark.slow if pair in _SLOW else ()) for pair in dict.fromkeys(_pairs())],
 )
 def test_the_hopper_kernel_equals_the_reference(interpreted, interpreter, case: str, config: str):
     operands, keywords = CASES[case].operands(seed=1)
