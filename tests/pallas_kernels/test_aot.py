@@ -83,13 +83,16 @@ PRODUCTS = tuned() | {
     "groups of 64": product(32, 28672, 4096, group=64, **FULL, tile_m=32, row_tiles=4, blocks=1),
     "groups of 32": product(32, 28672, 4096, group=32, **FULL, tile_m=32, row_tiles=4, blocks=1),
     "groups of 32, 16 rows": product(16, 4096, 4096, group=32, **FULL, tile_m=16, k_parts=4, blocks=1),
+    "groups of 16, four warpgroups": product(16, 4096, 4096, group=16, tile_m=16, row_tiles=4),
     "groups of 128, 64 rows": product(64, 28672, 4096, group=128, **FULL, tile_m=64, row_tiles=4, blocks=1),
     "256 rows": product(512, 28672, 4096, tile_m=256, row_tiles=2, blocks=1),
     "256 rows, groups of 128": product(512, 28672, 4096, group=128, **FULL, tile_m=256, row_tiles=2, blocks=1, slots=3),
     "128 rows, groups of 32": product(128, 4096, 4096, group=32, **FULL, tile_m=128, row_tiles=2, blocks=1, slots=3),
 }
-TIGHT = {"groups of 16, four warpgroups": product(16, 4096, 4096, group=16, tile_m=16, row_tiles=4)}
-"""A cut whose accumulators, one for each group of a step, do not fit the 96 registers that a thread then has."""
+TIGHT = {
+    "64 rows, seven warpgroups": product(64, 28672, 4096, **ALONG, tile_m=64, row_tiles=2, k_parts=2, splits=2, slots=2)
+}
+"""A cut whose sums and codes do not fit the 72 registers that a thread then has: `Shape.fits` refuses it."""
 
 STACKS = {
     kind: {"kind": kind, "m": 16, "n": 1024, "layers": 4, "groups": 1, "config": {"tile_m": 16, "splits": 2}}
