@@ -4,9 +4,9 @@ A block of threads computes `row_tiles` x 64 output channels for `tile_m` rows o
 wgmma (operands swapped), so that a few rows of x cost few columns of tensor-core work; codes become bfloat16 in the
 registers that wgmma reads. Codes and x come into shared memory by TMA: codes need not be shared, but there more of
 them can be under way than registers hold. The computing warpgroups begin the first copies, one further warpgroup the
-others. K may be split over `k_parts` warpgroups
-of a block and over the `splits` blocks of a cluster; partial sums meet in shared memory of the cluster, each block
-summing its share of the rows of x in fixed order, so that results do not depend on timing.
+others. K may be split over `k_parts` warpgroups of a block and over the `splits` blocks of a cluster; partial sums meet
+in shared memory of the cluster, each block summing its share of the rows of x in fixed order, so that results do not
+depend on timing.
 
 The coordinates `z = A x` of a compensator are one more tile of rows, of a warpgroup of its own in each part of K: the
 blocks of a row of clusters all compute them, which costs reading A from the second-level cache, and no launch.

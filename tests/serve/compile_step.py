@@ -18,10 +18,8 @@ from pallas_kernels.dispatch import compiling_for
 from pallas_kernels.topology import gpu_topology
 from serve import runner
 from serve.bench_step import random_model
-from serve.cache import allocate
 from serve.gpu import command_buffer_options, lay_out_for_hopper
 from serve.request import SamplingParams
-from serve.sampling import SamplingState
 from spear_jax.config import ModelConfig, load_yaml
 from spear_jax.models.decoder import Decoder
 from spear_jax.quant import QuantSpec
@@ -54,12 +52,8 @@ def main() -> None:
 
     def build() -> tuple[Decoder, runner.DeviceState]:
         model = random_model(config, spec=QuantSpec(), rank=0, dtype=jnp.dtype(jnp.bfloat16))
-        cache = allocate(config, slots=ROWS, context=1500, padding=CHUNK, dtype=model.dtype, stacked=False)
-        counts, sampling = jnp.zeros(ROWS, jnp.int32), SamplingState.of([GREEDY] * ROWS)
-        state = runner.DeviceState(
-            cache=cache, token=counts, length=counts, sampling=jax.tree.map(jnp.asarray, sampling)
-        )
-        return lay_out_for_hopper(model), state
+        model = lay_out_for_hopper(model)
+        return model, runner.empty_state(model, slots=ROWS, context=1500, padding=CHUNK)
 
     reports = {}
     with compiling_for("gpu"):
