@@ -65,7 +65,13 @@ class StepConfig:
     command_buffers: Literal["default", "whole", "none"] = "whole"
     """How much of a step is one CUDA graph: as XLA has it, with the branches of sampling, or nothing."""
 
-    steps: int = 50
+    sampling: Literal["greedy", "branch"] = "greedy"
+    """Whether the program only takes the likeliest tokens, or chooses in each step whether any are drawn at random."""
+
+    steps_per_call: int = 1
+    """Steps that one program does, in a loop on the device."""
+
+    steps: int = 48
     """Steps timed together."""
 
     repeats: int = 5
@@ -82,10 +88,12 @@ class StepConfig:
         for name in ("rows", "ranks"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: give at least one")
-        for name, least in {"context": 1, "steps": 1, "repeats": 1, "layers": 1}.items():
+        for name, least in {"context": 1, "steps": 1, "repeats": 1, "layers": 1, "steps_per_call": 1}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.steps % self.steps_per_call:
+            raise ValueError(f"steps must be a multiple of steps_per_call, {self.steps_per_call}, got {self.steps}")
         if min(self.rows) < 1 or min(self.ranks) < 0:
             raise ValueError(f"rows must be at least 1 and ranks at least 0, got {self.rows} and {self.ranks}")
 
@@ -126,13 +134,15 @@ def _bank(key: Array, rank: int, layers: int, n: int, k: int) -> CompensatorBank
 
 def time_steps(model: Decoder, config: StepConfig, *, rows: int, profile: Path | None) -> float:
     """Give the median time of a decode step of `rows` sequences in milliseconds."""
-    room = config.context + config.steps * (config.repeats + 2) + _CHUNK
+    room = config.context + config.steps * (config.repeats + 1) + 3 * config.steps_per_call + _CHUNK
     runner = Runner(
         model,
         slots=rows,
         context=room,
         buckets=[min(_CHUNK, config.context)],
         lone_program=False,
+        greedy_program=config.sampling == "greedy",
+        steps_per_call=config.steps_per_call,
         compiler_options=command_buffer_options(config.command_buffers) if jax.default_backend() == "gpu" else None,
     )
     greedy = SamplingParams(max_tokens=1, temperature=0.0)
@@ -144,7 +154,8 @@ def time_steps(model: Decoder, config: StepConfig, *, rows: int, profile: Path |
             last = start + chunk >= config.context
             runner.prefill(piece, slot=slot, start=start, bucket=chunk, last=last, params=greedy)
     active = np.ones(rows, bool)
-    jax.block_until_ready(runner.decode(active))
+    for _ in range(3):  # the first runs without CUDA graphs, the second makes them
+        jax.block_until_ready(runner.decode(active))
     times = []
     for repeat in range(config.repeats + 1):
         trace = contextlib.nullcontext()
@@ -152,7 +163,11 @@ def time_steps(model: Decoder, config: StepConfig, *, rows: int, profile: Path |
             trace = jax.profiler.trace(str(profile))
         with trace:
             begin = time.perf_counter()
-            jax.block_until_ready([runner.decode(active) for _ in range(config.steps)])
+            token = None
+            for _ in range(config.steps // config.steps_per_call):
+                # None is kept but the last: memory is given out at the same places again, as CUDA graphs want it.
+                token = runner.decode(active)
+            jax.block_until_ready(token)
         if repeat < config.repeats:
             times.append((time.perf_counter() - begin) / config.steps * 1e3)
     return statistics.median(times)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from pallas_kernels.paged_attention import paged_attention, paged_decode
@@ -27,29 +28,36 @@ def suits_pages(config: ModelConfig, dtype: Any) -> bool:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PagedKVCache:
-    """Keys and values of `slots` slots of `pages` pages each, `k` and `v`: [L * slots * pages, K, PAGE, H].
+    """Keys and values of `slots` slots of `pages` pages each, `k` and `v`: [layers * slots * pages, K, PAGE, H].
 
-    Page j of slot s in layer i is number `i * slots * pages + table[s, j]`, so that a scanned layer needs no slice of
-    its own; L is 1 where each layer has a cache of its own. `table`, int32 [slots, pages], is counted off and never
-    changes: it is kept as counting it in a step would be a launch in each layer.
+    Page j of slot s in layer i is number `(i * slots + s) * pages + j`, so that no layer needs a slice of its own, and
+    a program two arrays for all of them. `table`, int32 [slots, pages], is there only in what `of_layer` gives.
     """
 
     k: Any
     v: Any
-    table: Any
+    table: Any = None
+    layers: int = dataclasses.field(metadata={"static": True})
+    slots: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def zeros(cls, config: ModelConfig, *, layers: int, slots: int, length: int, dtype: Any) -> "PagedKVCache":
         """Make an empty cache of `length` tokens or a few more a slot."""
         pages = -(-length // PAGE)
         shape = (layers * slots * pages, config.num_kv_heads, PAGE, config.head_dim)
-        table = jnp.arange(slots * pages, dtype=jnp.int32).reshape(slots, pages)
-        return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), table=table)
+        return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), layers=layers, slots=slots)
 
     @property
     def length(self) -> int:
         """Positions a slot has room for."""
-        return self.table.shape[1] * PAGE
+        return self.k.shape[0] // (self.layers * self.slots) * PAGE
+
+    def of_layer(self, layer: int | None) -> "PagedKVCache":
+        """Give the cache with the page numbers of one layer as a constant, or with None without them again.
+
+        Adding them up in the program would be a launch in each layer.
+        """
+        return dataclasses.replace(self, table=None if layer is None else self._numbers + layer * self._numbers.size)
 
     def attend_slot(
         self,
@@ -103,5 +111,9 @@ class PagedKVCache:
         out, keys, values = paged_decode(qkv, rotation, self.k, self.v, self._table(layer), lengths, scale=scale)
         return out[:, None], dataclasses.replace(self, k=keys, v=values)
 
+    @property
+    def _numbers(self) -> Int32[np.ndarray, "S M"]:
+        return np.arange(self.k.shape[0] // self.layers, dtype=np.int32).reshape(self.slots, -1)
+
     def _table(self, layer: Index) -> Int32[Array, "S M"]:
-        return self.table + layer * self.table.size
+        return jnp.asarray(self._numbers + layer * self._numbers.size if self.table is None else self.table)

@@ -63,11 +63,11 @@ def test_tokens_are_those_of_the_cache_without_pages(layout: str, monkeypatch: p
 def test_pages_are_for_hopper_alone() -> None:
     assert all(isinstance(cache, KVCache) for cache in allocated())
     with compiling_for("gpu"):
-        assert all(isinstance(cache, PagedKVCache) for cache in allocated())
-        whole = allocated(stacked=True)
-        assert isinstance(whole, PagedKVCache)
-        assert whole.k.shape == (3 * 2 * 2, 2, 64, 64)
-        assert whole.length == 128
+        for stacked in (True, False):
+            whole = allocated(stacked=stacked)
+            assert isinstance(whole, PagedKVCache)
+            assert whole.k.shape == (3 * 2 * 2, 2, 64, 64)
+            assert whole.length == 128
         assert isinstance(allocated(dtype=jnp.float32)[0], KVCache)
         assert isinstance(allocated(config={"sliding_window": 20})[0], KVCache)
 
