@@ -55,4 +55,6 @@ def _relevant(config: TrainConfig, groups: Sequence[str]) -> dict[str, Any]:
     """Give the settings of training that matter to some groups of parameters: no rate of another."""
     rates = config.rates()
     values = {name: value for name, value in dataclasses.asdict(config).items() if not name.endswith("_rate")}
+    if "factors" not in groups:
+        del values["initial"]
     return values | {"final_rate": config.final_rate, "rates": {group: rates[group] for group in groups}}

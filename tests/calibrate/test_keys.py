@@ -28,6 +28,7 @@ def keys(path, **changes) -> dict[str, Key]:
         ({"local_steps": 0}, "local"),
         ({"local_steps": 6}, "local"),
         ({"steps": 3}, "train"),
+        ({"initial": "zero"}, "train"),
         ({"gate_rate": 1.0}, "train"),
         ({"code_rate": 1.0}, None),
         ({"eval_window": 64}, None),
