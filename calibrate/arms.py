@@ -17,7 +17,7 @@ class Arm:
     `zero` and `joint` list groups of zero-byte parameters joined by "+" ("scales+norms+codes"): those of `zero` are
     trained before there are compensators, those of `joint` along with them. `pool` is the text to train on: all of it,
     or only what was sampled from the model. `local_steps` train factors against the errors of their own modules first.
-    `bits` below eight only tries what factors of fewer bits would be worth.
+    `bits` are those of a factor's codes, 8 or 4.
     """
 
     name: str = "arm"

@@ -79,6 +79,9 @@ class CalibrateConfig:
     max_rank: int = 16
     """Highest rank of a compensator."""
 
+    factor_bits: Literal[4, 8] = 8
+    """Bits of a compensator's factors, as stored; at equal bytes, 4 buys twice the rank. In memory they take 8."""
+
     gate: GateForm = "published"
     """Gate of the compensators. static: none. published: 1 + tanh(MLP(z)). linear: without tanh. shift: z + MLP(z)."""
 

@@ -201,7 +201,7 @@ def _round_through(values: Array) -> Array:
 def _levels_through(rows: Float[Array, "*T F"], *, top: int) -> Float[Array, "*T F"]:
     """Round rows to levels -top .. top of their largest value, passing gradients straight through.
 
-    With `top` 127 these are the values that `CompensatorBank.to_int8` stores.
+    With `top` 127, or 7 for four bits, these are the values that `CompensatorBank.to_int8` stores.
     """
     scale = jnp.maximum(jnp.max(jnp.abs(rows), axis=-1, keepdims=True) / top, 1e-12)
     return rows + jax.lax.stop_gradient(jnp.round(rows / scale) * scale - rows)
@@ -211,7 +211,7 @@ def _levels_through(rows: Float[Array, "*T F"], *, top: int) -> Float[Array, "*T
 class Student:
     """How trainable parameters change a base; everything here is static but the arrays handed to `assemble`.
 
-    `bits` below eight rounds factors to that many bits, to see what they would be worth: they are stored in int8 still.
+    Factors are rounded to codes of `bits`, 8 or 4, as they are stored; not at all without `int8`, for a trial.
     """
 
     ranks: dict[str, tuple[int, ...]]
@@ -273,7 +273,7 @@ class Student:
         return codes * _columns(scale, codes)
 
     def banks(self, params: Params) -> dict[str, CompensatorBank]:
-        """Build the compensators in float32, rounded to int8 values if they are to be stored so."""
+        """Build the compensators in float32, rounded to the values that are stored."""
         top = 2 ** (self.bits - 1) - 1
         through = functools.partial(_levels_through, top=top) if self.int8 else lambda rows: rows
         banks = {}
@@ -290,7 +290,7 @@ class Student:
         return banks
 
     def finish(self, base: Decoder, params: Params, *, exact: Decoder | None = None) -> Decoder:
-        """Build the model to store: `QuantTensor` linears, norms in their own type, int8 factors, bfloat16 gates.
+        """Build the model to store: `QuantTensor` linears, norms in their own type, rounded factors, bfloat16 gates.
 
         `exact`, the float model of the base, is needed with "ranges".
         """
@@ -316,5 +316,5 @@ class Student:
             gain = (norm.weight[...].astype(jnp.float32) * (1 + delta)).astype(norm.weight.dtype)
             setattr(owner, name, RMSNorm(gain, eps=norm.eps))
         for name, bank in self.banks(params).items():
-            model.compensators[name] = bank.to_int8(gate_dtype=jnp.bfloat16) if self.int8 else bank
+            model.compensators[name] = bank.to_int8(bits=self.bits, gate_dtype=jnp.bfloat16) if self.int8 else bank
         return model

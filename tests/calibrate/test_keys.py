@@ -25,6 +25,7 @@ def keys(path, **changes) -> dict[str, Key]:
         ({"damage_sequences": 3}, "damage"),
         ({"budget": 0.005}, "initial"),
         ({"latency_aware": True}, "initial"),
+        ({"factor_bits": 4}, "initial"),
         ({"local_steps": 0}, "local"),
         ({"local_steps": 6}, "local"),
         ({"steps": 3}, "train"),
