@@ -8,6 +8,7 @@ from calibrate.damage import Strategy
 from calibrate.quantizers import Quantizer
 from calibrate.student import GateConfig
 from calibrate.train import TrainConfig
+from spear_jax.quant import Bits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Arm:
     gate: GateConfig = dataclasses.field(default_factory=lambda: GateConfig(form="static"))
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     int8: bool = True
-    bits: int = 8
+    bits: Bits = 8
     local_steps: int = 0
     pool: Literal["all", "sampled"] = "all"
     seed: int = 0

@@ -14,7 +14,7 @@ from calibrate.student import GateConfig, GateForm
 from calibrate.train import Initial, TrainConfig
 from spear_jax.cli import parse_flags
 from spear_jax.config import load_yaml
-from spear_jax.quant import QuantSpec
+from spear_jax.quant import Bits, QuantSpec
 
 type ZeroByteGroup = Literal["scales", "ranges", "norms", "codes"]
 
@@ -79,7 +79,7 @@ class CalibrateConfig:
     max_rank: int = 16
     """Highest rank of a compensator."""
 
-    factor_bits: Literal[4, 8] = 8
+    factor_bits: Bits = 8
     """Bits of a compensator's factors, as stored; at equal bytes, 4 buys twice the rank. In memory they take 8."""
 
     gate: GateForm = "published"

@@ -72,7 +72,7 @@ def recovery_arrays(exact: Decoder, saved: dict[str, np.ndarray]) -> dict[str, n
         if f"factors.{name}.a" in saved:
             factors = (jnp.asarray(saved[f"factors.{name}.{part}"]) for part in ("a", "bt"))
             bank = CompensatorBank(tuple(saved[f"ranks.{name}"].tolist()), *factors)
-            bank = bank.to_int8(bits=int(saved.get(f"bits.{name}", 8)))
+            bank = bank.to_int8(bits=4 if saved.get(f"bits.{name}") == 4 else 8)
             arrays |= {f"{name}.{part}": np.asarray(getattr(bank, part)[...]) for part in FACTORS}
             arrays[f"{name}.ranks"] = saved[f"ranks.{name}"]
     return arrays

@@ -15,7 +15,7 @@ from calibrate.weights import int4_weight, with_weights
 from pallas_kernels.int4_matmul import Compensator, Gate, gated_coordinates
 from spear_jax.models.decoder import MODULES, NORMS, Decoder
 from spear_jax.nn.linear import Linear, RMSNorm
-from spear_jax.quant import CompensatorBank, QuantTensor
+from spear_jax.quant import Bits, CompensatorBank, QuantTensor
 
 type Params = dict[str, Any]
 """Trainable parameters by group: "factors", "gates", "scales", "ranges", "norms", "codes"."""
@@ -217,7 +217,11 @@ class Student:
     ranks: dict[str, tuple[int, ...]]
     gate: GateConfig
     int8: bool = True
-    bits: int = 8
+    bits: Bits = 8
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ValueError(f"factors are of 4 or 8 bits, got {self.bits}")
 
     def assemble(self, base: Decoder, dense: dict[str, Array], params: Params) -> Decoder:
         """Build the dense model that the parameters stand for; differentiable.

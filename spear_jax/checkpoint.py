@@ -25,7 +25,7 @@ from spear_jax.config import ModelConfig, parse_mapping
 from spear_jax.models import DType, LoadedModel, activation_dtype
 from spear_jax.models.decoder import MODULES, Decoder, Layer, weight_shapes
 from spear_jax.nn.linear import Linear
-from spear_jax.quant import CompensatorBank, Int8Rows, QuantTensor
+from spear_jax.quant import Bits, CompensatorBank, Int8Rows, QuantTensor
 from spear_jax.tokenizer import tokenizer_from_directory
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class BankLayout:
 
     ranks: tuple[int, ...]
     int8: bool
-    bits: Literal[4, 8] = 8
+    bits: Bits = 8
     gate: dict[str, ArrayLayout] | None = None
     gate_form: Literal["tanh", "linear", "shift"] = "tanh"
 
@@ -243,7 +243,8 @@ def _as_stored(model: Decoder) -> dict[str, Array]:
 
 def _packed(model: Decoder) -> list[str]:
     """Name the arrays whose codes are stored two in a byte, and are not in memory."""
-    four = [module for module, bank in model.compensators.items() if bank.bits == 4]
+    banks = model.compensators.items()
+    four = [module for module, bank in banks if isinstance(bank, CompensatorBank) and bank.bits == 4]
     return [f"compensators.{module}.{factor}" for module in four for factor in ("a", "bt")]
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Self
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.int4_matmul import Compensator, Gate
+
+type Bits = Literal[4, 8]
+"""Bits of the codes of a compensator's factors."""
 
 
 class CompensatorVariable(nnx.Variable):
@@ -41,13 +44,14 @@ class CompensatorBank(nnx.Module):
         a_scale: Array | None = None,
         bt_scale: Array | None = None,
         gate: Gate | None = None,
-        bits: int = 8,
+        bits: Bits = 8,
     ) -> None:
         total = sum(ranks)
         for name, rows in {"a": a, "bt": bt, "a_scale": a_scale, "bt_scale": bt_scale}.items():
             if rows is not None and rows.shape[0] != total:
                 raise ValueError(f"{name} has {rows.shape[0]} rows for ranks that sum to {total}")
-        self.ranks, self.bits = tuple(int(r) for r in ranks), bits
+        self.ranks = tuple(int(r) for r in ranks)
+        self.bits: Bits = bits
         self.a = CompensatorVariable(a)
         self.bt = CompensatorVariable(bt)
         self.a_scale = None if a_scale is None else CompensatorVariable(a_scale)
@@ -106,16 +110,11 @@ class CompensatorBank(nnx.Module):
             a=get(self.a), bt=get(self.bt), a_scale=get(self.a_scale), bt_scale=get(self.bt_scale), gate=gate
         )
 
-    def to_int8(self, *, bits: int = 8, gate_dtype: jnp.dtype | type | None = None) -> Self:
+    def to_int8(self, *, bits: Bits = 8, gate_dtype: jnp.dtype | type | None = None) -> Self:
         """Give the bank with factors in int8, one scale per rank coordinate, and gates in `gate_dtype`.
 
         The scale is max|row| / 127, or with `bits` 4 max|row| / 7.
-
-        Raises:
-            ValueError: `bits` is neither 8 nor 4.
         """
-        if bits not in (4, 8):
-            raise ValueError(f"factors are of 4 or 8 bits, got {bits}")
         a, a_scale = _int8_rows(self.a[...], bits)
         bt, bt_scale = _int8_rows(self.bt[...], bits)
         gate = None

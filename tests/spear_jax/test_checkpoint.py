@@ -291,7 +291,7 @@ DAMAGE = {
     "no manifest": (lambda p: (p / MANIFEST).unlink(), "not a spear-jax checkpoint .it has no manifest.json"),
     "newer": (
         lambda p: edit_metadata(p, format=checkpoint.FORMAT + 1, writer="spear_jax 9"),
-        "format 2 by spear_jax 9; this version",
+        "format 3 by spear_jax 9; this version",
     ),
     "no format": (lambda p: edit_metadata(p, format=None), "no format number"),
     "other config": (
