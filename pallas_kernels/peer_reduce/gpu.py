@@ -5,15 +5,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, BFloat16, Float, Int8
 
 from pallas_kernels import dispatch
 from pallas_kernels.hopper import whole_rows
 from pallas_kernels.int4_matmul import Compensator
-from pallas_kernels.packing import RANK_STEP, SIDE
+from pallas_kernels.int4_matmul.gpu import choose_config
+from pallas_kernels.int4_matmul.hopper import int4_matmul_hopper
+from pallas_kernels.int4_matmul.operands import Layout
+from pallas_kernels.int4_matmul.plan import MOST_PROJECTED_ROWS, HopperConfig
+from pallas_kernels.packing import RANK_STEP, SIDE, factor_to_fragments, to_fragments
 from pallas_kernels.peer_reduce.hopper import Factors, peer_tail_hopper
 from pallas_kernels.peer_reduce.inbox import FLAG_ROWS, Inbox
-from pallas_kernels.peer_reduce.signals import PATIENCE
+from pallas_kernels.signals import PATIENCE, Peers
 from pallas_kernels.tails.gpu import _projection
 
 
@@ -44,10 +48,75 @@ def peer_reduce_mosaic_gpu(
     if z is not None:
         z = _whole_blocks(z.reshape(-1, z.shape[-1]))
         z = jnp.pad(z, ((0, 0), (0, -z.shape[1] % RANK_STEP)))
-    with _Refs(inbox) as refs:
-        out = _tail(refs, residual, weight, compensator, following, own=(y, z), axis=axis, eps=eps,
-                    patience=patience, interpret=interpret)  # fmt: skip
-    return *out, refs.inbox
+    peers, fault = _open(inbox, axis)
+    options = {"eps": eps, "patience": patience, "interpret": interpret}
+    x, h, following_z, generation = _tail(peers, fault, residual, weight, compensator, following, own=(y, z), **options)
+    return x, h, following_z, _closed(inbox, peers, fault, generation)
+
+
+def row_parallel_mosaic_gpu(
+    x: Float[Array, "*B K"],
+    packed: Int8[Array, "N K/2"],
+    scale: Float[Array, "N G"],
+    residual: Float[Array, "*B N"],
+    weight: Float[Array, " N"],
+    inbox: Inbox,
+    *,
+    axis: str,
+    eps: float,
+    zero: Int8[Array, "N G"] | None = None,
+    layout: Layout = "rows",
+    compensator: Compensator | None = None,
+    following: Compensator | None = None,
+    config: HopperConfig | None = None,
+    patience: int = PATIENCE,
+    interpret: plgpu.InterpretGPUParams | bool = False,
+) -> tuple[Float[Array, "*B N"], Float[Array, "*B N"], Float[Array, "*B R2"] | None, Inbox]:
+    """Compute what `row_parallel` documents: the product pushes its parts, and a kernel after it sums them.
+
+    Weights laid out by rows are reordered at every call, and so is an A that is not in fragments.
+
+    Raises:
+        NotImplementedError: x is not bfloat16, the GPU is no Hopper, or the shape does not suit the kernels.
+    """
+    _check(residual, inbox, axis)
+    if x.dtype != jnp.bfloat16 or layout == "columns":
+        raise NotImplementedError(f"the GPU kernel takes bfloat16 with rows or fragments, got {x.dtype} with {layout}")
+    k, n = x.shape[-1], residual.shape[-1]
+    if n % SIDE or k % SIDE:
+        raise NotImplementedError(f"both sides of the weight must be multiples of {SIDE}, got [{n}, {k}]")
+    rows = x.reshape(-1, k)
+    m = rows.shape[0]
+    if m > MOST_PROJECTED_ROWS:
+        raise NotImplementedError(f"{m} rows are more than {MOST_PROJECTED_ROWS}")
+    rows = jnp.pad(rows, ((0, whole_rows(m) - m), (0, 0)))
+    if layout == "rows":
+        packed, scale, zero = to_fragments(packed), scale.T, None if zero is None else zero.T
+    a = None if compensator is None else _fragments_of_a(compensator)
+    if config is None:
+        config, _ = choose_config(m, n, k, groups=scale.shape[0], rank=0 if a is None else a.size // k)
+    if (written := -(-m // config.tile_m) * config.tile_m) > (room := inbox.y.shape[2]):
+        raise ValueError(f"the inbox is for {room} rows, and tiles of {config.tile_m} for {m} rows write {written}")
+    peers, fault = _open(inbox, axis)
+    int4_matmul_hopper(
+        *(rows, packed, scale, zero, None, None, None, a),
+        config=config,
+        out_dtype=jnp.dtype(jnp.float32),
+        peers=peers,
+        interpret=interpret,
+    )
+    options = {"eps": eps, "patience": patience, "interpret": interpret}
+    x, h, following_z, generation = _tail(peers, fault, residual, weight, compensator, following, **options)
+    return x, h, following_z, _closed(inbox, peers, fault, generation)
+
+
+def _fragments_of_a(compensator: Compensator) -> BFloat16[Array, "R*K/64 64"]:
+    """Give A with its scales in it, as the product reads it."""
+    if compensator.a_fragments is not None:
+        return compensator.a_fragments
+    a, scale = compensator.a.astype(jnp.float32), compensator.a_scale
+    a = a if scale is None else a * scale.astype(jnp.float32)[:, None]
+    return factor_to_fragments(jnp.pad(a, ((0, -a.shape[0] % RANK_STEP), (0, 0))).astype(jnp.bfloat16))
 
 
 def _whole_blocks(rows: Float[Array, "M N"]) -> Float[Array, "P N"]:
@@ -62,26 +131,26 @@ def _check(residual: Array, inbox: Inbox, axis: str) -> None:
         raise ValueError(f"the inbox is for {inbox.devices} devices, and the axis {axis!r} has {size}")
 
 
-class _Refs:
-    """An inbox as references that kernels write through, inside of a `with`; afterwards its new state, as `inbox`."""
+def _open(inbox: Inbox, axis: str) -> tuple[Peers, jax.Ref]:
+    """Give an inbox as references that kernels write through."""
+    lines = {name: _lines(getattr(inbox, name)) for name in ("y", "z", "flags")}
+    refs = {name: jax.new_ref(array) for name, array in lines.items()}
+    return Peers(**refs, generation=inbox.generation, axis=axis), jax.new_ref(inbox.fault)
 
-    def __init__(self, inbox: Inbox):
-        self.old = inbox
 
-    def __enter__(self) -> "_Refs":
-        names = ("y", "z", "flags", "fault")
-        self.arrays = {name: jax.new_ref(getattr(self.old, name)) for name in names}
-        self.generation = self.old.generation
-        return self
+def _lines(array: Array) -> Array:
+    return array.reshape(-1, *array.shape[2:])
 
-    def __exit__(self, *failure: object) -> None:
-        if failure[0] is None:
-            frozen = {name: jax.freeze(ref) for name, ref in self.arrays.items()}
-            self.inbox = Inbox(**frozen, generation=self.generation)
+
+def _closed(old: Inbox, peers: Peers, fault: jax.Ref, generation: Array) -> Inbox:
+    """Give an inbox in its new state."""
+    new = {name: jax.freeze(getattr(peers, name)).reshape(getattr(old, name).shape) for name in ("y", "z", "flags")}
+    return Inbox(**new, fault=jax.freeze(fault), generation=generation)
 
 
 def _tail(
-    refs: _Refs,
+    peers: Peers,
+    fault: jax.Ref,
     residual: Float[Array, "*B N"],
     weight: Float[Array, " N"],
     compensator: Compensator | None,
@@ -89,7 +158,7 @@ def _tail(
     *,
     interpret: plgpu.InterpretGPUParams | bool,
     **options: Any,
-) -> tuple[Float[Array, "*B N"], Float[Array, "*B N"], Float[Array, "*B R2"] | None]:
+) -> tuple[Float[Array, "*B N"], Float[Array, "*B N"], Float[Array, "*B R2"] | None, Array]:
     n = residual.shape[-1]
     rows = residual.reshape(-1, n)
     m = rows.shape[0]
@@ -101,21 +170,17 @@ def _tail(
         done = following.bt_scale is None
         projection = _projection(following) | {"z_dtype": jnp.bfloat16 if done else jnp.float32}
     out = peer_tail_hopper(
-        **refs.arrays,
-        generation=refs.generation,
-        residual=rows,
-        weight=weight.astype(jnp.float32),
+        *(peers, fault, rows, weight.astype(jnp.float32)),
         factors=None if compensator is None else factors_of(compensator),
         **projection,
         interpret=interpret,
         **options,
     )
-    refs.generation = out["generation"]
     x, h = (out[name][:m].reshape(residual.shape) for name in ("x", "h"))
     z = None
     if following is not None:
         z = out["z"][:m, : following.a.shape[0]].reshape(*residual.shape[:-1], -1)
-    return x, h, z
+    return x, h, z, out["generation"]
 
 
 def factors_of(compensator: Compensator) -> Factors:
@@ -137,10 +202,14 @@ def factors_of(compensator: Compensator) -> Factors:
         def fill(array: Array, *shape: int) -> Array:
             return jnp.pad(array, [(0, full - size) for size, full in zip(array.shape, shape, strict=True)])
 
+        def halves(array: Array) -> Array:
+            high = array.astype(jnp.bfloat16)
+            return jnp.stack([high, (array - high.astype(jnp.float32)).astype(jnp.bfloat16)])
+
         network = {
-            "w_in": fill(gate.w_in.T, SIDE, b.shape[1] + more).astype(jnp.bfloat16),
+            "w_in": halves(fill(gate.w_in.T, SIDE, b.shape[1] + more)),
             "b_in": fill(gate.b_in, SIDE).astype(jnp.float32),
-            "w_out": fill(gate.w_out, SIDE, SIDE).astype(jnp.bfloat16),
+            "w_out": halves(fill(gate.w_out, SIDE, -(-gate.b_in.shape[0] // RANK_STEP) * RANK_STEP)),
             "b_out": fill(gate.b_out, SIDE).astype(jnp.float32),
             "form": gate.form,
         }

@@ -15,17 +15,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float, Float32, Int32, Shaped
+from jaxtyping import Array, BFloat16, Float, Float32, Shaped
 
 from pallas_kernels.hopper import WGMMA, Accumulator, hold, row_values, shared_tile
 from pallas_kernels.packing import RANK_STEP, SIDE
-from pallas_kernels.peer_reduce.inbox import FLAG_COLUMNS, FLAG_ROWS
-from pallas_kernels.peer_reduce.signals import PATIENCE, Place, everybody, generation_of, meet, signal, wait
+from pallas_kernels.peer_reduce.inbox import FLAG_ROWS
+from pallas_kernels.signals import PATIENCE, Peers, Sum, meet, signal, wait
 from pallas_kernels.tails.hopper import _DATA, _SUMS, MOST_ROWS, ROWS, _load, _load_sums, _Tail
 
 Form = Literal["tanh", "linear", "shift"]
 
-assert FLAG_COLUMNS == SIDE
 assert FLAG_ROWS == ROWS
 
 
@@ -34,7 +33,8 @@ class Factors:
     """What makes an update of summed coordinates, as the kernel reads it.
 
     b [N, R], int8 or bfloat16, R a multiple of 16 up to 64, and scale [R] or None on the gated coordinates. The gate,
-    of `form` or None, has w_in [64, R] and w_out [64, 64] in bfloat16, filled up with zeros, and b_in [64], b_out [64].
+    of `form` or None, has w_in [2, 64, R], w_out [2, 64, H], b_in [64] and b_out [64], filled up with zeros, H a
+    multiple of 16. Its weights are two bfloat16 parts that add up to them: a gate may open and close steeply.
     """
 
     b: Any
@@ -52,11 +52,8 @@ class Factors:
 
 
 def peer_tail_hopper(
-    y: jax.Ref,
-    z: jax.Ref,
-    flags: jax.Ref,
+    peers: Peers,
     fault: jax.Ref,
-    generation: Int32[Array, "1"],
     residual: BFloat16[Array, "M N"],
     weight: Float32[Array, " N"],
     factors: Factors | None = None,
@@ -64,7 +61,6 @@ def peer_tail_hopper(
     a_scale: Float32[Array, " R"] | None = None,
     *,
     own: tuple[Float32[Array, "P N"], Float32[Array, "P R"] | None] | None = None,
-    axis: str,
     eps: float,
     z_dtype: jnp.dtype | type = jnp.float32,
     cluster: int = 8,
@@ -75,21 +71,21 @@ def peer_tail_hopper(
 ) -> dict[str, Float[Array, "M _"]]:
     """Compute h, x and, with A, z for the next product, and the next sum's `generation`, by name.
 
-    y, z, flags and fault are those of an `Inbox`. `own` parts have whole blocks of eight rows, P.
+    `fault` [4] is that of an `Inbox`. `own` parts have whole blocks of eight rows, P.
 
     Raises:
         NotImplementedError: There are more than 64 rows, or more than eight but no multiple of eight; N is no multiple
             of 64; a rank or the gate is too large; or it does not fit into shared memory.
     """
     m, n = residual.shape
-    devices, most = y.shape[1], y.shape[2]
+    most = peers.y.shape[1]
     if m > min(MOST_ROWS, most) or (m > ROWS and m % ROWS):
         raise NotImplementedError(f"{m} rows are more than {min(MOST_ROWS, most)}, or more than {ROWS} but no multiple")
     rank = 0 if factors is None else factors.b.shape[1]
     if n % SIDE or max(rank, 0 if a is None else a.shape[0]) > SIDE:
         raise NotImplementedError(f"{n} columns are no multiple of {SIDE}, or a rank is more than {SIDE}")
-    if n > y.shape[3] or rank > z.shape[3]:
-        raise ValueError(f"the inbox is for {y.shape[3]} columns and rank {z.shape[3]}, got {n} and {rank}")
+    if n > peers.y.shape[2]:
+        raise ValueError(f"the inbox is for {peers.y.shape[2]} columns, got {n}")
     assert rank % RANK_STEP == 0
     cluster = min(cluster, n // SIDE)
     warpgroups = min(warpgroups, -(-n // SIDE // cluster))
@@ -105,8 +101,8 @@ def peer_tail_hopper(
         z_dtype=jnp.dtype(z_dtype),
         overlap=overlap and not interpret,
         interpret=bool(interpret),
-        axis=axis,
-        devices=devices,
+        axis=peers.axis,
+        devices=peers.devices,
         update_rank=rank,
         form=None if factors is None else factors.form,
         patience=patience,
@@ -138,7 +134,7 @@ def peer_tail_hopper(
         compiler_params=plgpu.CompilerParams(approx_math=True, skip_device_barrier=True),
         interpret=interpret,
     )
-    return dict(zip(out, run(y, z, flags, fault, generation, *given.values()), strict=True))
+    return dict(zip(out, run(peers.y, peers.z, peers.flags, fault, peers.generation, *given.values()), strict=True))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,12 +155,13 @@ class _PeerTail(_Tail):
             shared |= {
                 "b_tile": plgpu.SMEM((parts, self.columns, rank), given["factor_b"].dtype),
                 "b_full": plgpu.Barrier(num_arrivals=len(self.pieces), num_barriers=parts),
-                "gated_tile": shared_tile((parts, ROWS, rank), jnp.bfloat16),
+                "gated_tile": shared_tile((parts, 2, ROWS, rank), jnp.bfloat16),
                 "update_tile": shared_tile((parts, ROWS, self.columns), jnp.float32, row=128),
             }
         if self.form is not None:
+            hidden = given["factor_w_out"].shape[-1]
             shared |= {
-                "hidden_tile": shared_tile((parts, ROWS, SIDE), jnp.bfloat16),
+                "hidden_tile": shared_tile((parts, 2, ROWS, SIDE), jnp.bfloat16, row=2 * hidden),
                 "opening_tile": shared_tile((parts, ROWS, SIDE), jnp.float32, row=4 * RANK_STEP),
             }
         return shared
@@ -181,28 +178,27 @@ class _PeerTail(_Tail):
                 target = refs["b_tile"].at[warpgroup, pl.ds(at, width)]
                 source = refs["factor_b"].at[pl.ds(start + at, width)]
                 plgpu.copy_gmem_to_smem(source, target, refs["b_full"].at[warpgroup])
+        network = {name: self._network(name, **refs) for name in ("in", "out") if self.form is not None}
         if self.overlap:
             plgpu.griddepcontrol_launch_dependents()
             plgpu.griddepcontrol_wait()
         plgpu.copy_gmem_to_smem(first.at[rows, columns], h_tile, full.at[warpgroup])
-        number, parity = generation_of(generation)
-        place = Place(parity=parity, columns=self.k)
+        sum_ = Sum(number=generation[0], axis=self.axis, devices=self.devices, columns=self.k)
 
         @pl.when((split == 0) & (warpgroup == 0) & (row_block == 0))
         def _():
-            generation_out[0] = number + 1
+            generation_out[0] = sum_.number + 1
 
         if "own_y" in refs:
-            self._push(place, number, row_block, start, **refs)
+            self._push(sum_, row_block, start, **refs)
         wait(
-            *(refs["flags"], refs["fault"], place, lax.axis_index(self.axis), number, row_block, start // SIDE),
+            *(refs["flags"], refs["fault"], sum_, row_block, start // SIDE),
             tiles=self.columns // SIDE,
             coordinates=self.update_rank > 0,
-            devices=self.devices,
             patience=self.patience,
             interpret=self.interpret,
         )
-        self._receive(x_tile, parity, rows, start, **refs)
+        self._receive(x_tile, sum_, rows, start, network, **refs)
         plgpu.barrier_wait(refs["static_full"])
         left = self._left(0, warpgroup, **refs) if self.rank else None
         plgpu.barrier_wait(full.at[warpgroup])
@@ -226,12 +222,11 @@ class _PeerTail(_Tail):
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def _push(self, place: Place, number, row_block, start, *, y, z, flags, own_y, own_z=None, **_) -> None:
+    def _push(self, sum_: Sum, row_block, start, *, y, z, flags, own_y, own_z=None, **_) -> None:
         """Write this device's parts into all inboxes."""
-        warpgroup, split, me = lax.axis_index("warpgroup"), lax.axis_index("split"), lax.axis_index(self.axis)
-        rows = pl.ds(row_block * ROWS, ROWS)
-        to = functools.partial(everybody, axis=self.axis, devices=self.devices)
-        tell = functools.partial(signal, to(flags), place, me, number, row_block, interpret=self.interpret)
+        line, rows = sum_.line(sum_.me), pl.ds(row_block * ROWS, ROWS)
+        first = (lax.axis_index("split") == 0) & (lax.axis_index("warpgroup") == 0)
+        tell = functools.partial(signal, flags, sum_, row_block, interpret=self.interpret)
         for tile in range(self.columns // SIDE):
             at = start + tile * SIDE
 
@@ -239,25 +234,25 @@ class _PeerTail(_Tail):
             def _(at=at):
                 columns = pl.ds(at, SIDE)
                 value = plgpu.load(own_y.at[rows, columns], layout=_DATA, optimized=False)
-                for inbox in to(y):
-                    inbox[place.parity, me, rows, columns] = value
+                for inbox in sum_.everybody(y):
+                    inbox[line, rows, columns] = value
 
         if own_z is not None:
 
-            @pl.when((split == 0) & (warpgroup == 0))
+            @pl.when(first)
             def _():
                 ranks = pl.ds(0, self.update_rank)
                 value = _load_sums(own_z.at[rows, ranks])
-                for inbox in to(z):
-                    inbox[place.parity, me, rows, ranks] = value
+                for inbox in sum_.everybody(z):
+                    inbox[line, rows, ranks] = value
 
         meet(interpret=self.interpret)
         for tile in range(self.columns // SIDE):
             pl.when(start + tile * SIDE < self.k)(lambda tile=tile: tell(start // SIDE + tile))
         if own_z is not None:
-            pl.when((split == 0) & (warpgroup == 0))(lambda: tell(place.tiles))
+            pl.when(first)(lambda: tell(sum_.tiles))
 
-    def _receive(self, x_tile, parity, rows, start, *, y, **refs) -> None:
+    def _receive(self, x_tile, sum_: Sum, rows, start, network, *, y, **refs) -> None:
         """Sum what has come, in the order of devices, and leave the update in a tile."""
         warpgroup = lax.axis_index("warpgroup")
         tiles = range(0, self.columns, SIDE)
@@ -265,10 +260,10 @@ class _PeerTail(_Tail):
         for at in tiles:
             # The last warpgroups may have nothing to do: what they read is not used.
             column = jnp.minimum(start + at, self.k - SIDE)
-            places = [y.at[parity, sender, rows, pl.ds(column, SIDE)] for sender in range(self.devices)]
+            places = [y.at[sum_.line(sender), rows, pl.ds(column, SIDE)] for sender in range(self.devices)]
             totals.append(functools.reduce(jnp.add, [_load(place) for place in places]))
         if self.update_rank:
-            self._low_rank(parity, rows, **refs)
+            self._low_rank(sum_, rows, network, **refs)
         for at, total in zip(tiles, totals, strict=True):
             if self.update_rank:
                 total = total + _load(refs["update_tile"].at[warpgroup, :, pl.ds(at, SIDE)])
@@ -277,42 +272,51 @@ class _PeerTail(_Tail):
                 total = jnp.where(inside, total, jnp.zeros_like(total))
             x_tile[:, at : at + SIDE] = total.astype(jnp.bfloat16)
 
-    def _low_rank(self, parity, rows, *, z, b_tile, b_full, gated_tile, update_tile, **refs) -> None:
+    def _low_rank(self, sum_: Sum, rows, network, *, z, b_tile, b_full, gated_tile, update_tile, **refs) -> None:
         """Multiply B with the gated sum of coordinates."""
         warpgroup, ranks = lax.axis_index("warpgroup"), pl.ds(0, self.update_rank)
         gated = gated_tile.at[warpgroup]
         total = functools.reduce(
-            jnp.add, [_load_sums(z.at[parity, sender, rows, ranks]) for sender in range(self.devices)]
+            jnp.add, [_load_sums(z.at[sum_.line(sender), rows, ranks]) for sender in range(self.devices)]
         )
         if self.form is not None:
-            total = self._gated(total, gated, **refs)
+            total = self._gated(total, gated, network, **refs)
         if "factor_scale" in refs:
             scale = plgpu.load(refs["factor_scale"], layout=_SUMS.reduce(0), optimized=False)
             total = total * plgpu.layout_cast(lax.broadcast_in_dim(scale, total.shape, (1,)), _SUMS)
-        gated[...] = total.astype(jnp.bfloat16)
+        gated[0] = total.astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.barrier_wait(b_full.at[warpgroup])
         for at in range(0, self.columns, SIDE):
             b = plgpu.load(b_tile.at[warpgroup, pl.ds(at, SIDE)], layout=WGMMA, optimized=False).astype(jnp.bfloat16)
-            self._transposed(self._product(b, gated), update_tile.at[warpgroup, :, pl.ds(at, SIDE)])
+            self._transposed(self._product((b, gated.at[0])), update_tile.at[warpgroup, :, pl.ds(at, SIDE)])
         plgpu.commit_smem()
 
-    def _gated(self, z, scratch, *, hidden_tile, opening_tile, **refs) -> Float32[Array, "8 R"]:
-        """Apply the gate's network, in bfloat16 with float32 sums, to coordinates."""
+    def _network(self, name: str, **refs) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Load a layer of the gate: two parts of its weight, and its bias."""
+        weight = refs[f"factor_w_{name}"]
+        high, low = (plgpu.load(weight.at[i], layout=WGMMA, optimized=False) for i in range(2))
+        return high, low, row_values(refs[f"factor_b_{name}"])
+
+    def _gated(self, z, parts, network, *, hidden_tile, opening_tile, **_) -> Float32[Array, "8 R"]:
+        """Apply the gate's network to coordinates, nearly in float32."""
         warpgroup = lax.axis_index("warpgroup")
         hidden_tile, opening_tile = hidden_tile.at[warpgroup], opening_tile.at[warpgroup]
 
-        def layer(name: str, x_tile):
-            weight = plgpu.load(refs[f"factor_w_{name}"], layout=WGMMA, optimized=False)
-            value = self._product(weight, x_tile)
-            return value + lax.broadcast_in_dim(row_values(refs[f"factor_b_{name}"]), value.shape, (0,))
+        def layer(high, low, bias, x_tile):
+            x_high, x_low = x_tile.at[0], x_tile.at[1]
+            value = self._product((high, x_high), (high, x_low), (low, x_high))
+            return value + lax.broadcast_in_dim(bias, value.shape, (0,))
 
-        scratch[...] = z.astype(jnp.bfloat16)
+        high, low = _halves(z)
+        parts[0], parts[1] = high, low
         plgpu.commit_smem()
-        hidden = layer("in", scratch)
-        self._transposed((hidden * lax.logistic(hidden)).astype(jnp.bfloat16), hidden_tile)
+        hidden = layer(*network["in"], parts)
+        for i, part in enumerate(_halves(hidden * lax.logistic(hidden))):
+            self._transposed(part, hidden_tile.at[i])
         plgpu.commit_smem()
-        self._transposed(layer("out", hidden_tile), opening_tile)
+        width = network["out"][0].shape[1]
+        self._transposed(layer(*network["out"], hidden_tile.at[:, :, pl.ds(0, width)]), opening_tile)
         plgpu.commit_smem()
         opening = _load_sums(opening_tile.at[:, pl.ds(0, self.update_rank)])
         if self.form == "shift":
@@ -321,9 +325,12 @@ class _PeerTail(_Tail):
             return z * (2.0 * lax.logistic(2.0 * opening))
         return z * (1.0 + opening)
 
-    def _product(self, left, right_tile) -> Float32[Array, "64 8"]:
+    def _product(self, *pairs) -> Float32[Array, "64 8"]:
+        """Sum the products of left operands with tiles of eight rows."""
+
         def run(acc):
-            plgpu.wgmma(acc, left, right_tile.T)
+            for left, right_tile in pairs:
+                plgpu.wgmma(acc, left, right_tile.T)
             plgpu.wgmma_wait(0)
             return hold(acc[...], interpret=self.interpret)
 
@@ -331,3 +338,9 @@ class _PeerTail(_Tail):
 
     def _transposed(self, value, tile) -> None:
         tile.T[...] = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
+
+
+def _halves(value: Float32[Array, "..."]) -> tuple[jax.Array, jax.Array]:
+    """Give two bfloat16 parts that nearly add up to float32 values."""
+    high = value.astype(jnp.bfloat16)
+    return high, (value - high.astype(jnp.float32)).astype(jnp.bfloat16)

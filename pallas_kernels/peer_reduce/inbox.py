@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-FLAG_COLUMNS = 64
-"""Columns of a partial result that one flag stands for."""
+from pallas_kernels.packing import SIDE
 
 FLAG_ROWS = 8
-"""Rows of x that one flag stands for at least."""
+"""Rows that a flag stands for, of `SIDE` columns or of all coordinates."""
+
+_TILES = (FLAG_ROWS, 16, 32, 64)
+"""Rows that a product writes at a time."""
 
 
 class PeerLostError(RuntimeError):
@@ -21,9 +23,9 @@ class PeerLostError(RuntimeError):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inbox:
-    """One device's inbox for the parts of P devices, for sums of up to M rows, N columns and R coordinates.
+    """One device's inbox for the parts of P devices, for sums of up to M rows and N columns and 64 coordinates.
 
-    `y` [2, P, M, N] and `z` [2, P, M, R] are float32: what device p sent for sum g lies in place [g % 2, p]. Two places
+    `y` [2, P, M, N] and `z` [2, P, M, 64] are float32: what device p sent for sum g lies in place [g % 2, p]. Two places
     are enough, with no barrier behind a sum: a device that sends for sum g + 2 has seen everybody's parts of g + 1,
     which each sent after it was done with g. `flags` [2, P, F] int32 hold the number of the sum that was last sent,
     one for each part that is sent by itself; `generation` [1] int32 is the number of the next sum, from 1 on, the same
@@ -59,22 +61,23 @@ class Inbox:
                 )
 
 
-def empty_inbox(*, devices: int, rows: int, columns: int, rank: int = 0) -> Inbox:
-    """Make one device's inbox; `rank` is the largest of any compensator, 0 for none.
+def empty_inbox(*, devices: int, rows: int, columns: int) -> Inbox:
+    """Make one device's inbox, with room for whole tiles of rows.
 
     Raises:
         ValueError: A size cannot be.
     """
-    if devices < 2 or rows < 1 or columns < 1 or rank < 0:
+    if devices < 2 or rows < 1 or columns < 1:
         raise ValueError(
-            "an inbox is for at least 2 devices, 1 row, 1 column and rank 0,"
-            f" got devices={devices}, rows={rows}, columns={columns}, rank={rank}"
+            f"an inbox is for at least 2 devices, 1 row and 1 column, got devices={devices}, rows={rows},"
+            f" columns={columns}"
         )
-    rows = -(-rows // FLAG_ROWS) * FLAG_ROWS
-    flags = rows // FLAG_ROWS * (-(-columns // FLAG_COLUMNS) + 1)
+    tile = next((tile for tile in _TILES if tile >= rows), _TILES[-1])
+    rows = -(-rows // tile) * tile
+    flags = rows // FLAG_ROWS * (-(-columns // SIDE) + 1)
     return Inbox(
         y=jnp.zeros((2, devices, rows, columns), jnp.float32),
-        z=jnp.zeros((2, devices, rows, max(rank, 1)), jnp.float32),
+        z=jnp.zeros((2, devices, rows, SIDE), jnp.float32),
         flags=jnp.zeros((2, devices, flags), jnp.int32),
         generation=jnp.ones(1, jnp.int32),
         fault=jnp.zeros(4, jnp.int32),

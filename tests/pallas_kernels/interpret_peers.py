@@ -1,21 +1,15 @@
 """Interpret kernels of several GPUs on as many CPU devices: a process of its own, as devices are made at its start.
 
-Takes a number of devices and names of cases; fails where a result is wrong. Beyond what `interpreter.py` adds, blocks
-write to other devices, and all devices begin and end a kernel together: the interpreter copies a kernel's arrays in and
-out, so that what a device writes before the other has begun, or after it has ended, would be lost. Races are not looked
-for: the flags that order devices are plain memory to the interpreter.
+Takes names of cases, and devices from XLA_FLAGS; fails where a result is wrong. Beyond what `interpreter.py` adds,
+blocks write to other devices, and all devices begin and end a kernel together: the interpreter copies a kernel's arrays
+in and out, so that what a device writes before the other has begun, or after it has ended, would be lost. Races are not
+looked for: the flags that order devices are plain memory to the interpreter.
 """
-
-import os
-import sys
-
-DEVICES = int(sys.argv[1])
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
-os.environ |= {"JAX_PLATFORMS": "cpu", "NPROC": "64"}
 
 import faulthandler
 import functools
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu import core as gpu_core
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret, shared_memory
+from jax._src.pallas.mosaic_gpu.interpret import jaxpr_interpret, shared_memory
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec
 
@@ -32,6 +26,7 @@ from pallas_kernels.peer_reduce import Inbox, empty_inbox, gpu
 from pallas_kernels.peer_reduce.cases import CASES, Case
 
 AXIS = "tp"
+DEVICES = len(jax.devices())
 PARAMS = plgpu.InterpretGPUParams()
 SECONDS = 300
 SUMS = 3
@@ -70,8 +65,7 @@ def extend(patch: pytest.MonkeyPatch) -> None:
 
 def check(case: Case, tests: Any) -> None:
     own, same = case.operands(DEVICES)
-    rank = 16 * -(-case.rank // 16)
-    inbox = empty_inbox(devices=DEVICES, rows=case.m, columns=case.n, rank=rank)
+    inbox = empty_inbox(devices=DEVICES, rows=case.m, columns=case.n)
     inboxes = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (DEVICES, *leaf.shape)), inbox)
     run = tests.of_one_device(case, implementation="mosaic_gpu")
 
@@ -101,7 +95,7 @@ def main() -> None:
         for name in ("peer_reduce_mosaic_gpu", "row_parallel_mosaic_gpu"):
             if hasattr(gpu, name):
                 patch.setattr(gpu, name, functools.partial(getattr(gpu, name), interpret=PARAMS))
-        for name in sys.argv[2:]:
+        for name in sys.argv[1:]:
             check(CASES[name], tests)
             print(name, flush=True)
 
