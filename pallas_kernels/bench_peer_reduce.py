@@ -226,6 +226,7 @@ def check(devices: int, names: list[str]) -> None:
         case = CASES[name] if name in CASES else Case(**json.loads(name))
         own, same = case.operands(devices)
         inbox = _of_all(empty_inbox(devices=devices, rows=case.m, columns=case.n), devices)
+        inbox = jax.device_put(inbox, NamedSharding(mesh, OWN))
 
         def one(own: Any, same: Any, inbox: Inbox, case: Case = case) -> Any:
             own, inbox = jax.tree.map(lambda leaf: leaf[0], (own, inbox))
