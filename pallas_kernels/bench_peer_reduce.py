@@ -142,6 +142,11 @@ def operands(problem: Problem, devices: int) -> tuple[Any, jax.Array, Inbox]:
     return layers, x, _of_all(empty_inbox(devices=devices, rows=problem.m, columns=problem.n), devices)
 
 
+def _placed(inbox: Inbox, mesh: jax.sharding.Mesh) -> Inbox:
+    """Put inboxes where they stay; nobody writes before all are there."""
+    return jax.block_until_ready(jax.device_put(inbox, NamedSharding(mesh, OWN)))
+
+
 def _of_all(tree: Any, devices: int) -> Any:
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (devices, *leaf.shape)), tree)
 
@@ -177,7 +182,7 @@ def measure(problem: Problem, devices: int) -> dict[str, Any]:
     """Time a problem on this process's first GPUs."""
     mesh = _mesh(devices)
     layers, x, inbox = operands(problem, devices)
-    layers, inbox = jax.device_put((layers, inbox), NamedSharding(mesh, OWN))
+    layers, inbox = jax.device_put(layers, NamedSharding(mesh, OWN)), _placed(inbox, mesh)
     x = jax.device_put(x, NamedSharding(mesh, SAME))
     begin = time.perf_counter()
     compiled = program(problem, mesh).lower(layers, x, inbox).compile()
@@ -226,7 +231,7 @@ def check(devices: int, names: list[str]) -> None:
         case = CASES[name] if name in CASES else Case(**json.loads(name))
         own, same = case.operands(devices)
         inbox = _of_all(empty_inbox(devices=devices, rows=case.m, columns=case.n), devices)
-        inbox = jax.device_put(inbox, NamedSharding(mesh, OWN))
+        inbox = _placed(inbox, mesh)
 
         def one(own: Any, same: Any, inbox: Inbox, case: Case = case) -> Any:
             own, inbox = jax.tree.map(lambda leaf: leaf[0], (own, inbox))
@@ -315,7 +320,7 @@ def stress(devices: int, sums: int, *, seed: int, seconds: float) -> int:
     mesh, rng = _mesh(devices), np.random.default_rng(seed)
     operands = [case.operands(devices, seed=seed) for case in STRESSES]
     inbox = _of_all(empty_inbox(devices=devices, rows=64, columns=5120), devices)
-    inbox = jax.device_put(inbox, NamedSharding(mesh, OWN))
+    inbox = _placed(inbox, mesh)
     run = stress_program(mesh)
     known: dict[int, int] = {}
     done, begin = 0, time.monotonic()

@@ -32,9 +32,10 @@ class Inbox:
     same on all devices at the same point of the program. `fault` [4] int32 is zero, or says who was waited for in vain:
     1, the sum's number, the device that waited and the one that it waited for.
 
-    An inbox may never move while others write into it: it is a donated argument of a program and a result of it, in a
-    `while_loop` a part of what is carried, and is never copied. Every device runs the same sums in the same order.
-    Made by `empty_inbox`; under `shard_map` each device has its own.
+    An inbox may never move while others write into it: it is a donated argument of a program and a result of it, with
+    the sharding of results given to `jax.jit` (else XLA may pair it with another result and copy it), in a `while_loop`
+    a part of what is carried. All are ready before the first program starts. Every device runs the same sums in the
+    same order. Made by `empty_inbox`; under `shard_map` each device has its own.
     """
 
     y: Any
