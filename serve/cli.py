@@ -32,15 +32,38 @@ _DESCRIPTION = """OpenAI-compatible server of 4-bit language models.
 
 Usage: python -m spear_jax.serve [SETTINGS.yaml] [--flags]; flags win over the file. Without any, it serves a small demo
 model on http://127.0.0.1:8000. Logs and progress go to stderr. SIGTERM or Ctrl-C drains: running answers finish, new
-requests get 503; a second one ends them at once. The exit status is 2 for a mistake in the settings or the model."""
+requests get 503; a second one ends them at once. The exit status is 2 for a mistake in the settings or the model.
+
+python -m spear_jax.serve profile [SETTINGS.yaml] [--flags] measures step times, which limits on time are kept by."""
+
+_PROFILE_DESCRIPTION = """Measure how long the server's iterations take, and write the latency table by which it keeps
+limits on time: beside the checkpoint, or to the file that --scheduler.latency-table names. Takes the server's settings;
+a server with others refuses the table."""
 
 
 def main() -> None:
-    """Run the server until it is told to stop."""
-    run_main(lambda: serve(parse(sys.argv[1:])))
+    """Run the server until it is told to stop, or another command that is named first."""
+    match sys.argv[1:]:
+        case ["profile", *rest]:
+            run_main(lambda: measure(parse(rest, description=_PROFILE_DESCRIPTION)))
+        case rest:
+            run_main(lambda: serve(parse(rest)))
 
 
-def parse(arguments: Sequence[str]) -> ServeConfig:
+def measure(config: ServeConfig) -> int:
+    """Measure and write the latency table of a model.
+
+    Raises:
+        ValueError, OSError: The model or the settings cannot be used.
+    """
+    log_to_stderr()
+    use_compilation_cache(config.compilation_cache)
+    from serve.profile import profile
+
+    return profile(config)
+
+
+def parse(arguments: Sequence[str], *, description: str = _DESCRIPTION) -> ServeConfig:
     """Read settings from an optional YAML file and flags.
 
     Raises:
@@ -51,7 +74,7 @@ def parse(arguments: Sequence[str]) -> ServeConfig:
     if arguments and not arguments[0].startswith("-"):
         defaults = load_yaml(ServeConfig, arguments.pop(0))
     config = parse_flags(
-        ServeConfig, args=arguments, default=defaults, prog="python -m spear_jax.serve", description=_DESCRIPTION
+        ServeConfig, args=arguments, default=defaults, prog="python -m spear_jax.serve", description=description
     )
     config.check()
     return config
@@ -64,8 +87,7 @@ def serve(config: ServeConfig) -> int:
         ValueError, OSError: The port is taken, or the model or the settings cannot be used.
     """
     console = Console(stderr=True)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    logging.getLogger("serve").setLevel(logging.INFO)
+    log_to_stderr()
     listener = listen(config.host, config.port)
     use_compilation_cache(config.compilation_cache)
     gateway = Gateway(Admission(config.max_slots + config.max_num_queued_reqs))
@@ -102,6 +124,12 @@ def serve(config: ServeConfig) -> int:
         logging.shutdown()
         os._exit(int(failed))
     return int(failed)
+
+
+def log_to_stderr() -> None:
+    """Write what `serve` has to say, and warnings of everything else, to stderr."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("serve").setLevel(logging.INFO)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -5,6 +5,54 @@ from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """Limits on time, and how they are kept. They need a latency table: `python -m spear_jax.serve profile`."""
+
+    itl_slo_ms: float | None = None
+    """Largest gap between two tokens of an answer, for requests without a TPOT of their own (`x-slo-tpot-ms`)."""
+
+    tpot_slo_ms: float | None = None
+    """Mean gap between tokens, for requests that ask for none; they may wait while ahead of it. Not with itl-slo-ms."""
+
+    ttft_slo_ms: float | None = None
+    """Time to the first token, for requests that ask for none (`x-slo-ttft-ms`)."""
+
+    admission: Literal["best-effort", "refuse"] = "best-effort"
+    """What becomes of a request whose limits cannot be kept: served without them, or 503 with Retry-After."""
+
+    share: float = 0.9
+    """Share of a limit that iterations are planned to take."""
+
+    aging_s: float = 10.0
+    """Seconds of waiting that count as much as one step of priority."""
+
+    drop_compensators: bool = True
+    """Where not even the smallest chunk of a prompt fits a limit, run it without error compensators."""
+
+    compensator_sets: int = 3
+    """For `profile`: from how many sets of error compensators, all and none among them, such chunks have to choose."""
+
+    latency_table: str = "auto"
+    """File of measured step times; auto: where `profile` wrote it, if it did; none: limits only order the queue."""
+
+    def check(self) -> None:
+        """Refuse values that make no sense.
+
+        Raises:
+            ValueError: Names the setting and its value.
+        """
+        for name in ("itl_slo_ms", "tpot_slo_ms", "ttft_slo_ms", "aging_s"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"scheduler.{name} must be positive, got {value}")
+        if self.itl_slo_ms is not None and self.tpot_slo_ms is not None:
+            raise ValueError("scheduler: give itl_slo_ms or tpot_slo_ms, not both")
+        if self.compensator_sets < 1:
+            raise ValueError(f"scheduler.compensator_sets must be at least 1, got {self.compensator_sets}")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"scheduler.share must lie in (0, 1], got {self.share}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """Settings of `python -m spear_jax.serve`."""
 
@@ -53,7 +101,11 @@ class ServeConfig:
     with loops, as random sampling has: the host waits before them. whole: these too. none: kernel by kernel."""
 
     stall_tokens: int = 64
-    """Prompt tokens (padding included) that may run between two decode steps while answers are being streamed."""
+    """Prompt tokens (padding included) that may run between two decode steps while answers without limits on time are
+    being streamed."""
+
+    scheduler: SchedulerConfig = SchedulerConfig()
+    """Limits on time."""
 
     max_num_queued_reqs: int = 256
     """Requests that may wait for a slot; the next gets 503 with Retry-After."""
@@ -85,6 +137,7 @@ class ServeConfig:
             raise ValueError(f"max_context must be at least 2, got {self.max_context}")
         if not self.prefill_buckets or min(self.prefill_buckets) < 1:
             raise ValueError(f"prefill_buckets must be positive sizes, got {self.prefill_buckets}")
+        self.scheduler.check()
         for name in ("max_body_mib", "drain_seconds", "stuck_seconds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

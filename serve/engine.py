@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from serve.detokenize import Detokenizer, StopMatcher
 from serve.metrics import Metrics
 from serve.request import FinishReason, Output, Request, SamplingParams
-from serve.scheduler import SlotScheduler
+from serve.slots import SlotScheduler, Step
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +30,17 @@ class StepRunner(Protocol):
     slots: int
 
     def prefill(
-        self, tokens: Sequence[int], *, slot: int, start: int, bucket: int, last: bool, params: SamplingParams
+        self,
+        tokens: Sequence[int],
+        *,
+        slot: int,
+        start: int,
+        bucket: int,
+        last: bool,
+        params: SamplingParams,
+        level: int,
     ) -> ArrayLike:
-        """Run a chunk of a prompt; with `last`, give the first new token as a scalar."""
+        """Run a chunk of a prompt with a set of compensators; with `last`, give the first new token as a scalar."""
         ...
 
     def decode(self, active: np.ndarray) -> ArrayLike:
@@ -47,18 +55,25 @@ class _Live:
     request: Request
     detokenizer: Detokenizer
     stops: StopMatcher
-    enqueued: int = 0  # tokens asked of the device
-    generated: int = 0  # tokens that came back
+    generated: int = 0
+    uncompensated: int = 0  # prompt tokens that went without some compensators
     first_token: float = 0.0
     last_token: float = 0.0
+    worst_gap: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Step:
-    """A device call whose tokens have not been looked at: `rows` says whose token stands where."""
+class _Call:
+    """A device call whose tokens have not been looked at: `rows` says whose token stands where.
+
+    `predicted` is what the iteration that it ends was to take, where the device went from the one before straight to
+    it; else 0.
+    """
 
     token: ArrayLike
     rows: list[tuple[Request, int | tuple[()]]]
+    ends: bool = True
+    predicted: float = 0.0
 
 
 class Engine:
@@ -87,10 +102,10 @@ class Engine:
         self._cache_tokens = context * runner.slots
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._live: dict[Request, _Live] = {}
-        self._in_flight: collections.deque[_Step] = collections.deque()
+        self._in_flight: collections.deque[_Call] = collections.deque()
         self._outputs: list[tuple[Request, Output]] = []
         self._stopping = False
-        self._beat = time.monotonic()
+        self._beat = self._last_end = time.monotonic()
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -99,7 +114,11 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: Request) -> None:
-        """Hand over a request; its outputs come through `deliver`, the last one with a finish reason. Thread-safe."""
+        """Hand over a request; its outputs come through `deliver`, the last one with a finish reason. Thread-safe.
+
+        If this engine refuses what cannot be done in time, a request with limits gets an empty output once it is taken,
+        or one with `retry_after`.
+        """
         self._inbox.put(lambda: self._take(request))
         if self.failure is not None:
             self._drain_after_failure()
@@ -117,6 +136,11 @@ class Engine:
         self.abort_all()
         self._thread.join(timeout)
         return not self._thread.is_alive()
+
+    @property
+    def refuses(self) -> bool:
+        """Whether requests whose limits cannot be kept are refused."""
+        return self._scheduler.timing is not None and self._scheduler.timing.refuses
 
     @property
     def seconds_since_beat(self) -> float:
@@ -138,10 +162,9 @@ class Engine:
         self._beat = time.monotonic()
         self._take_inbox()
         now = time.monotonic()
-        for request, _ in self._scheduler.admit():
+        for request, _ in self._scheduler.admit(now):
             self._metrics.queue_time.observe(now - request.arrival)
-        enqueued = self._enqueue_prefill()
-        enqueued |= self._enqueue_decode()
+        enqueued = self._enqueue(self._scheduler.next_step(now))
         while self._in_flight and (not enqueued or len(self._in_flight) > 1):
             self._settle(self._in_flight.popleft())
         self._set_gauges()
@@ -156,9 +179,10 @@ class Engine:
         except queue.Empty:
             pass
 
-    def _enqueue_prefill(self) -> bool:
-        chunks = self._scheduler.next_chunks()
-        for request, chunk in chunks:
+    def _enqueue(self, step: Step) -> bool:
+        """Hand an iteration to the device; says whether there was anything to do."""
+        calls: list[_Call] = []
+        for request, chunk in step.chunks:
             token = self._runner.prefill(
                 request.prompt[chunk.start : chunk.start + chunk.length],
                 slot=chunk.slot,
@@ -166,31 +190,36 @@ class Engine:
                 bucket=chunk.bucket,
                 last=chunk.last,
                 params=request.params,
+                level=chunk.level,
             )
             self._metrics.prompt_tokens.inc(chunk.length)
-            if chunk.last:
-                self._live[request].enqueued = 1
-                self._in_flight.append(_Step(token=token, rows=[(request, ())]))
-        return bool(chunks)
-
-    def _enqueue_decode(self) -> bool:
-        active = np.zeros(self._runner.slots, bool)
-        rows: list[tuple[Request, int | tuple[()]]] = []
-        for request, slot in self._scheduler.decoding.items():
-            live = self._live[request]
-            if live.enqueued < request.params.max_tokens:
-                live.enqueued += 1
-                active[slot] = True
-                rows.append((request, slot))
+            if chunk.level:
+                self._live[request].uncompensated += chunk.length
+                self._metrics.uncompensated.inc(chunk.length)
+            calls.append(_Call(token=token, rows=[(request, ())] if chunk.last else [], ends=False))
+        rows: list[tuple[Request, int | tuple[()]]] = [
+            (request, slot) for request, slot in self._scheduler.decoding.items() if step.run[slot]
+        ]
         if rows:
-            self._in_flight.append(_Step(token=self._runner.decode(active), rows=rows))
-        return bool(rows)
+            calls.append(_Call(token=self._runner.decode(step.run), rows=rows))
+        if calls:
+            predicted = step.predicted if self._in_flight else 0.0
+            calls[-1] = dataclasses.replace(calls[-1], ends=True, predicted=predicted)
+        self._in_flight.extend(calls)
+        self._metrics.skipped.inc(step.skipped)
+        return bool(calls)
 
-    def _settle(self, step: _Step) -> None:
-        """Wait for a step's tokens and pass on the text they give."""
-        tokens = np.asarray(step.token)
+    def _settle(self, call: _Call) -> None:
+        """Wait for a call's tokens and pass on the text they give."""
+        tokens = np.asarray(call.token)
         now = time.monotonic()
-        for request, row in step.rows:
+        if call.ends:
+            if call.predicted and self._scheduler.timing is not None:
+                drift = self._scheduler.timing.drift
+                drift.observe(predicted=call.predicted, observed=now - self._last_end)
+                self._metrics.drift.set(drift.factor)
+            self._last_end = now
+        for request, row in call.rows:
             live = self._live.get(request)
             if live is not None:
                 self._advance(live, int(tokens[row]), now)
@@ -204,8 +233,10 @@ class Engine:
         metrics.generation_tokens.inc()
         if live.generated == 1:
             live.first_token = now
+            self._scheduler.token_seen(request, now)
             metrics.ttft.observe(now - request.arrival)
         else:
+            live.worst_gap = max(live.worst_gap, now - live.last_token)
             metrics.itl.observe(now - live.last_token)
         live.last_token = now
         reason: FinishReason | None = None
@@ -221,7 +252,8 @@ class Engine:
         if reason is not None:
             text += live.stops.flush()
             self._finish(live, reason)
-        self._outputs.append((request, Output(text=text, tokens=1, finish_reason=reason)))
+        dropped = 0 if reason is None else live.uncompensated
+        self._outputs.append((request, Output(text=text, tokens=1, finish_reason=reason, uncompensated=dropped)))
 
     def _finish(self, live: _Live, reason: FinishReason) -> None:
         request, metrics = live.request, self._metrics
@@ -231,19 +263,33 @@ class Engine:
         metrics.e2e.observe(live.last_token - request.arrival)
         metrics.request_prompt_tokens.observe(len(request.prompt))
         metrics.request_generation_tokens.observe(live.generated)
+        tpot = (live.last_token - live.first_token) / max(live.generated - 1, 1)
         if live.generated > 1:
-            metrics.tpot.observe((live.last_token - live.first_token) / (live.generated - 1))
+            metrics.tpot.observe(tpot)
+        if request.slo.declared:
+            ttft = live.first_token - request.arrival
+            metrics.slo(met=request.slo.met(ttft=ttft, worst_gap=live.worst_gap, tpot=tpot))
 
     def _take(self, request: Request) -> None:
         if self._stopping:
             self._deliver([(request, Output(finish_reason="abort", error="the server is shutting down"))])
             return
+        wait = self._scheduler.retry_after(request, time.monotonic())
+        if wait and self.refuses:
+            self._metrics.unattainable.inc()
+            error = "this request's limits on time cannot be kept now"
+            self._deliver([(request, Output(finish_reason="abort", error=error, retry_after=wait))])
+            return
+        if wait:
+            self._metrics.best_effort.inc()
         self._live[request] = _Live(
             request=request,
             detokenizer=Detokenizer(self._decode, prompt=request.prompt),
             stops=StopMatcher(request.params.stop),
         )
-        self._scheduler.submit(request)
+        self._scheduler.submit(request, best_effort=wait > 0)
+        if self.refuses and request.slo.declared:
+            self._deliver([(request, Output())])
 
     def _forget(self, request: Request) -> None:
         if self._live.pop(request, None) is not None:
@@ -277,6 +323,4 @@ class Engine:
         scheduler, metrics = self._scheduler, self._metrics
         metrics.running.set(scheduler.num_running)
         metrics.waiting.set(len(scheduler.waiting))
-        held = sum(done for _, done in scheduler.prefilling.values())
-        held += sum(len(request.prompt) + self._live[request].enqueued for request in scheduler.decoding)
-        metrics.kv_usage.set(held / self._cache_tokens)
+        metrics.kv_usage.set(scheduler.held_tokens / self._cache_tokens)

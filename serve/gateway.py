@@ -1,12 +1,13 @@
 """Between HTTP and the engine: admission, tokenizing, and outputs carried to the asyncio tasks that wait for them."""
 
 import asyncio
+import collections
 import dataclasses
 import itertools
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from serve.engine import Engine
@@ -19,6 +20,8 @@ from serve.request import (
     QueueFullError,
     Request,
     ShuttingDownError,
+    Slo,
+    UnattainableError,
 )
 from serve.schema import ChatBody, CommonBody, CompletionBody
 
@@ -60,6 +63,7 @@ class Ticket:
         self._gateway = gateway
         self._places = places
         self._queue: asyncio.Queue[tuple[Request, Output]] = asyncio.Queue()
+        self._early: collections.deque[tuple[Request, Output]] = collections.deque()
         self._open: dict[Request, int] = {}
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -68,10 +72,27 @@ class Ticket:
         self._open = {request: index for index, request in enumerate(requests)}
         self._gateway.register(self.requests, self._queue)
 
+    async def taken(self) -> None:
+        """Wait until the engine has said that it takes the requests, where it may refuse them.
+
+        Raises:
+            UnattainableError: It refuses one: its limits cannot be kept now.
+        """
+        pending = {request for request in self.requests if self._gateway.may_refuse(request)}
+        while pending:
+            request, output = await self._queue.get()
+            if output.retry_after is not None:
+                raise UnattainableError(output.error or "refused", retry_after=output.retry_after)
+            if request in pending and output.finish_reason is None:
+                pending.remove(request)
+                continue
+            pending.discard(request)
+            self._early.append((request, output))
+
     async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
         """Give (index of the choice, output) until every answer has ended."""
         while self._open:
-            request, output = await self._queue.get()
+            request, output = self._early.popleft() if self._early else await self._queue.get()
             index = self._open[request]
             if output.finish_reason is not None:
                 del self._open[request]
@@ -97,14 +118,19 @@ class Gateway:
         self._queues: dict[Request, asyncio.Queue[tuple[Request, Output]]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stuck_seconds = 0.0
+        self._slo = Slo()
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Say which event loop outputs go to."""
         self._loop = loop
 
-    def ready(self, engine: Engine, model: ModelInfo, metrics: Metrics, *, stuck_seconds: float) -> None:
-        """Begin to serve with a started engine. Called from the thread that started it."""
+    def ready(self, engine: Engine, model: ModelInfo, metrics: Metrics, *, stuck_seconds: float, slo: Slo) -> None:
+        """Begin to serve with a started engine; `slo` is for requests that ask for none.
+
+        Called from the thread that started it.
+        """
         self._stuck_seconds = stuck_seconds
+        self._slo = slo
         self.metrics = metrics
         self.model = model
         self.engine = engine
@@ -138,6 +164,10 @@ class Gateway:
         for request in requests:
             self._queues[request] = outputs
             self.engine.submit(request)
+
+    def may_refuse(self, request: Request) -> bool:
+        """Say whether the engine answers a request with whether it takes it."""
+        return self.engine is not None and self.engine.refuses and request.slo.declared
 
     def forget(self, requests: Sequence[Request], *, unfinished: Sequence[Request]) -> None:
         """Stop delivering, and abort those that have not ended."""
@@ -211,13 +241,15 @@ class Gateway:
             raise ContextLengthError(len(ids), self._model.context, param)
         return ids
 
-    def requests(self, ticket: Ticket, body: CommonBody, prompts: Sequence[tuple[int, ...]]) -> list[Request]:
+    def requests(
+        self, ticket: Ticket, body: CommonBody, prompts: Sequence[tuple[int, ...]], headers: Mapping[str, str]
+    ) -> list[Request]:
         """Make the engine's requests: `n` for each prompt, in the order of the choices.
 
         Raises:
-            BadParameterError: A sampling parameter is out of range.
+            BadParameterError: A sampling parameter or a limit is out of range.
         """
-        model = self._model
+        model, slo = self._model, body.limits(headers, default=self._slo)
         ticket.prompt_tokens = sum(map(len, prompts))
         made = []
         for prompt, answer in itertools.product(prompts, range(body.answers)):
@@ -226,7 +258,16 @@ class Gateway:
             )
             if answer:
                 params = dataclasses.replace(params, seed=(params.seed + answer + 2**63) % 2**64 - 2**63)
-            made.append(Request(id=f"{ticket.id}-{len(made)}", prompt=prompt, params=params))
+            made.append(
+                Request(
+                    id=f"{ticket.id}-{len(made)}",
+                    prompt=prompt,
+                    params=params,
+                    slo=slo,
+                    priority=body.priority,
+                    droppable=body.allow_uncompensated,
+                )
+            )
         return made
 
     @property

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
@@ -14,10 +15,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.gateway import Gateway, Ticket
 from serve.metrics import CONTENT_TYPE
-from serve.request import BadParameterError, EngineDeadError, Output, QueueFullError, ShuttingDownError
+from serve.request import (
+    BadParameterError,
+    EngineDeadError,
+    Output,
+    QueueFullError,
+    ShuttingDownError,
+    UnattainableError,
+)
 from serve.schema import ChatBody, CommonBody, CompletionBody
 
-_RETRY_SECONDS = "1"
+_RETRY_SECONDS = 1
 _CLIENT_GONE = 499
 _DISCARDED_BYTES = 64 * 2**20
 """How much of a body that is too large is read before the connection is closed."""
@@ -127,7 +135,8 @@ async def _answer(
     ticket = gateway.admit(prompts * body.answers)
     try:
         ids = await asyncio.to_thread(tokenize)
-        ticket.submit(gateway.requests(ticket, body, ids))
+        ticket.submit(gateway.requests(ticket, body, ids, request.headers))
+        await ticket.taken()
         if body.stream:
             return _EventStream(ticket, _events(ticket, shape, include_usage=body.include_usage))
     except BaseException:
@@ -156,12 +165,14 @@ async def _unless_disconnected(request: Request, answer: Awaitable[Response]) ->
 
 
 async def _collect(ticket: Ticket, shape: "_Shape") -> Response:
-    texts, reasons, tokens = [""] * len(ticket.requests), ["stop"] * len(ticket.requests), 0
+    texts, reasons = [""] * len(ticket.requests), ["stop"] * len(ticket.requests)
+    tokens = uncompensated = 0
     async for index, output in ticket.outputs():
         if output.error is not None:
             raise EngineError(output)
         texts[index] += output.text
         tokens += output.tokens
+        uncompensated += output.uncompensated
         reasons[index] = output.finish_reason or reasons[index]
     choices = [shape.whole(i, text, reason) for i, (text, reason) in enumerate(zip(texts, reasons, strict=True))]
     head = {
@@ -170,7 +181,7 @@ async def _collect(ticket: Ticket, shape: "_Shape") -> Response:
         "created": int(time.time()),
         "model": shape.model,
     }
-    return JSONResponse(head | {"choices": choices, "usage": _usage(ticket, tokens)})
+    return JSONResponse(head | {"choices": choices, "usage": _usage(ticket, tokens, uncompensated)})
 
 
 async def _events(ticket: Ticket, shape: "_Shape", *, include_usage: bool) -> AsyncIterator[bytes]:
@@ -182,7 +193,7 @@ async def _events(ticket: Ticket, shape: "_Shape", *, include_usage: bool) -> As
         "model": shape.model,
     }
     tail = {"usage": None} if include_usage else {}
-    tokens = 0
+    tokens = uncompensated = 0
     for index in range(len(ticket.requests)):
         if (opening := shape.opening(index)) is not None:
             yield _event(head | {"choices": [opening]} | tail)
@@ -192,11 +203,12 @@ async def _events(ticket: Ticket, shape: "_Shape", *, include_usage: bool) -> As
             yield _event(_error_body(output.error, kind=kind, code="engine_error"))
             return
         tokens += output.tokens
+        uncompensated += output.uncompensated
         pieces = shape.pieces(index, output.text, output.finish_reason)
         if pieces:
             yield b"".join(_event(head | {"choices": [piece]} | tail) for piece in pieces)
     if include_usage:
-        yield _event(head | {"choices": [], "usage": _usage(ticket, tokens)})
+        yield _event(head | {"choices": [], "usage": _usage(ticket, tokens, uncompensated)})
     yield b"data: [DONE]\n\n"
 
 
@@ -204,12 +216,13 @@ def _event(body: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-def _usage(ticket: Ticket, tokens: int) -> dict[str, int]:
-    return {
+def _usage(ticket: Ticket, tokens: int, uncompensated: int) -> dict[str, Any]:
+    usage: dict[str, Any] = {
         "prompt_tokens": ticket.prompt_tokens,
         "completion_tokens": tokens,
         "total_tokens": ticket.prompt_tokens + tokens,
     }
+    return usage | ({"prompt_tokens_details": {"uncompensated_tokens": uncompensated}} if uncompensated else {})
 
 
 class _EventStream(Response):
@@ -333,10 +346,10 @@ def _error_body(message: str, *, kind: str, param: str | None = None, code: str 
 
 
 def _error(
-    status: int, message: str, *, param: str | None = None, code: str | None = None, retry: bool = False
+    status: int, message: str, *, param: str | None = None, code: str | None = None, retry: float | None = None
 ) -> JSONResponse:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    headers = {"retry-after": _RETRY_SECONDS} if retry else None
+    headers = None if retry is None else {"retry-after": str(math.ceil(retry))}
     return JSONResponse(_error_body(message, kind=kind, param=param, code=code), status_code=status, headers=headers)
 
 
@@ -371,19 +384,25 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(QueueFullError)
     async def queue_full(_: Request, error: QueueFullError) -> Response:
-        return _error(503, str(error), code="queue_full", retry=True)
+        return _error(503, str(error), code="queue_full", retry=_RETRY_SECONDS)
+
+    @app.exception_handler(UnattainableError)
+    async def unattainable(_: Request, error: UnattainableError) -> Response:
+        return _error(503, str(error), code="slo_unattainable", retry=error.retry_after)
 
     @app.exception_handler(ShuttingDownError)
     async def shutting_down(_: Request, error: ShuttingDownError) -> Response:
-        return _error(503, str(error), code="shutting_down", retry=True)
+        return _error(503, str(error), code="shutting_down", retry=_RETRY_SECONDS)
 
     @app.exception_handler(EngineDeadError)
     async def engine_dead(_: Request, error: EngineDeadError) -> Response:
-        return _error(503, str(error), code="not_ready", retry=True)
+        return _error(503, str(error), code="not_ready", retry=_RETRY_SECONDS)
 
     @app.exception_handler(EngineError)
     async def engine_error(_: Request, error: EngineError) -> Response:
-        return _error(error.status, str(error), code="engine_error", retry=error.status == 503)
+        return _error(
+            error.status, str(error), code="engine_error", retry=_RETRY_SECONDS if error.status == 503 else None
+        )
 
     @app.exception_handler(Exception)
     async def defect(_: Request, error: Exception) -> Response:

@@ -24,6 +24,14 @@ class Metrics:
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens prefilled.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         self.rejected = self._counter("request_rejected", "Requests refused because the queue was full.")
+        self.unattainable = self._counter("slo_unattainable", "Requests refused because their limits cannot be kept.")
+        self.best_effort = self._counter("slo_best_effort", "Requests served without limits that cannot be kept.")
+        self.uncompensated = self._counter(
+            "prompt_tokens_uncompensated", "Prompt tokens that went without some error compensators to save time."
+        )
+        self.skipped = self._counter("decode_tokens_deferred", "Times that an answer ahead of its TPOT waited.")
+        self.drift = self._gauge("latency_table_drift", "Observed over predicted time of an iteration, averaged.")
+        self.drift.set(1)
         self.compilations = self._counter(
             "compilations_after_ready", "Programs compiled after the server said it was ready; more than 0 is a defect."
         )
@@ -42,6 +50,17 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=self.registry,
         )
+
+        self._slo = Counter(
+            "spear:request_slo", "Answers that had limits, by whether all were kept.", ["model_name", "met"],
+            registry=self.registry,
+        )  # fmt: skip
+        for met in ("true", "false"):
+            self._slo.labels(self._model_name, met)
+
+    def slo(self, *, met: bool) -> None:
+        """Count an answer that had limits on time."""
+        self._slo.labels(self._model_name, str(met).lower()).inc()
 
     def finished(self, reason: FinishReason) -> None:
         """Count the end of a request."""

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import threading
 import time
+from collections.abc import Sequence
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -20,6 +21,14 @@ class BadParameterError(ValueError):
 
 class QueueFullError(RuntimeError):
     """Raised at admission when as many requests wait as the server is configured to hold."""
+
+
+class UnattainableError(RuntimeError):
+    """Raised at admission when a request's limits on time cannot be kept; `retry_after` is in seconds."""
+
+    def __init__(self, message: str, *, retry_after: float):
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class ShuttingDownError(RuntimeError):
@@ -76,23 +85,58 @@ def check_range(param: str, value: float, *, low: float, high: float, open_low: 
 class Output:
     """A piece of an answer: new text, how many tokens it stands for, and on the last piece why it ended.
 
-    `tokens` counts generated tokens including a stop token that has no text. `error` is set when `finish_reason` is
-    `error` or `abort`.
+    `tokens` counts generated tokens including a stop token that has no text; `uncompensated`, on the last piece, prompt
+    tokens that went without some of the error compensators. `error` is set when `finish_reason` is `error` or `abort`;
+    `retry_after`, in seconds, when that is because the request's limits cannot be kept now.
     """
 
     text: str = ""
     tokens: int = 0
+    uncompensated: int = 0
     finish_reason: FinishReason | None = None
     error: str | None = None
+    retry_after: float | None = None
+
+
+UNBOUNDED = 1e9
+"""Seconds that stand for no limit; finite, so that arithmetic with it is too."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slo:
+    """What a request may take, in seconds: to its first token, between any two tokens, and a token on average.
+
+    `tpot` counts from the first token, so that a request ahead of it may wait; `itl` holds for every gap.
+    """
+
+    ttft: float = UNBOUNDED
+    itl: float = UNBOUNDED
+    tpot: float = UNBOUNDED
+
+    @property
+    def declared(self) -> bool:
+        """Whether anything is asked for."""
+        return min(self.ttft, self.itl, self.tpot) < UNBOUNDED
+
+    def met(self, *, ttft: float, worst_gap: float, tpot: float) -> bool:
+        """Say whether an answer kept it."""
+        return ttft <= self.ttft and worst_gap <= self.itl and tpot <= self.tpot
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """One prompt on its way through the engine; compared by identity. `arrival` is `time.monotonic()` in seconds."""
+    """One prompt on its way through the engine; compared by identity. `arrival` is `time.monotonic()` in seconds.
+
+    Of two waiting requests the one of lower `priority` goes first. `droppable` allows prompt tokens without error
+    compensators where the time between the tokens of others would be missed otherwise.
+    """
 
     id: str
-    prompt: tuple[int, ...]
+    prompt: Sequence[int]
     params: SamplingParams
+    slo: Slo = Slo()
+    priority: int = 0
+    droppable: bool = True
     arrival: float = dataclasses.field(default_factory=time.monotonic)
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Bool, Int
 
-from serve.cache import Cache, allocate, batch_attend, last_position, slot_attend
+from serve.cache import Cache, KVCache, allocate, batch_attend, last_position, slot_attend
 from serve.request import SamplingParams
 from serve.sampling import SamplingState, likeliest, sample
 from spear_jax.models.decoder import Decoder
@@ -44,6 +45,9 @@ class Runner:
     With `greedy_program` steps without random sampling run in a program that has no branch for it: on a GPU launches
     follow one another without the host waiting for the device's choice. `steps_per_call` steps of decoding run in one
     program, for measuring: what they give but the last is lost.
+
+    A chunk of `level` e > 0 goes through a model with the compensators of the modules `kept[e]` only, and must be of
+    the smallest bucket.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Runner:
         steps_per_call: int = 1,
         logits: Logits = Decoder.logits,
         compiler_options: Mapping[str, str] | None = None,
+        kept: Sequence[Sequence[str]] = (),
     ):
         self.slots = slots
         self.buckets = tuple(sorted(buckets))
@@ -73,20 +78,53 @@ class Runner:
         self._decode_one = compiled(_decode_one) if lone_program and slots > 1 else None
         self._random = np.zeros(slots, bool)
         self._active = np.ones(slots, bool), jax.device_put(np.ones(slots, bool))
+        self._lighter = [self._with_compensators(model, names, logits, compiler_options) for names in kept[1:]]
 
     @property
     def num_programs(self) -> int:
         """How many programs `warm_up` compiles."""
-        return len(self.buckets) + 1 + (self._decode_one is not None) + (self._decode_greedy is not None)
+        others = (self._decode_one is not None) + (self._decode_greedy is not None)
+        return len(self.buckets) + len(self._lighter) + 1 + others
+
+    @property
+    def in_pages(self) -> bool:
+        """Whether attention costs what each sequence holds, rather than what the longest does."""
+        cache = self._state.cache
+        return not isinstance(cache[0] if isinstance(cache, tuple) else cache, KVCache)
+
+    def pretend(self, length: int) -> None:
+        """Say that every slot holds `length` tokens, whatever is in the cache: for measuring."""
+        held = self._state.length
+        self._state = dataclasses.replace(
+            self._state, length=jax.device_put(np.full(held.shape, length, np.int32), held.sharding)
+        )
 
     def prefill(
-        self, tokens: Sequence[int], *, slot: int, start: int, bucket: int, last: bool, params: SamplingParams
+        self,
+        tokens: Sequence[int],
+        *,
+        slot: int,
+        start: int,
+        bucket: int,
+        last: bool,
+        params: SamplingParams,
+        level: int = 0,
     ) -> Int[Array, ""]:
         """Run `tokens` of a prompt from position `start` in a slot; with `last`, the result is the first new token."""
         self._random[slot] = params.temperature > 0
         arguments = self._prefill_arguments(tokens, slot=slot, start=start, bucket=bucket, last=last, params=params)
-        token, self._state = self._prefill(self._leaves, self._state, *arguments)
+        program, leaves = self._lighter[level - 1] if level else (self._prefill, self._leaves)
+        token, self._state = program(leaves, self._state, *arguments)
         return token
+
+    @staticmethod
+    def _with_compensators(
+        model: Decoder, names: Sequence[str], logits: Logits, options: Mapping[str, str] | None
+    ) -> tuple[Any, list[Array]]:
+        """Give the prefill of a model that keeps the compensators of some modules only, and the arrays it takes."""
+        kept = nnx.Dict({name: bank for name, bank in model.compensators.items() if name in names})
+        leaves, tree = jax.tree.flatten(model.replace(compensators=kept))
+        return _jit(tree, prefill_step, logits=logits, options=options), _committed(leaves)
 
     @staticmethod
     def _prefill_arguments(
@@ -116,25 +154,37 @@ class Runner:
         From a warm cache most of the time goes into reading programs back, which does not hold Python's lock.
         """
         greedy = SamplingParams(max_tokens=1, temperature=0.0)
-        programs: list[tuple[str, Any, tuple[Any, ...]]] = []
-        for bucket in self.buckets:
+        programs: list[tuple[str, Any, list[Array], tuple[Any, ...]]] = []
+
+        def add_prefill(name: str, program: Any, leaves: list[Array], bucket: int) -> None:
             chunk = self._prefill_arguments([0] * bucket, slot=0, start=0, bucket=bucket, last=True, params=greedy)
-            programs.append((f"prefill {bucket}", self._prefill, chunk))
+            programs.append((f"prefill {bucket}{name}", program, leaves, chunk))
+
+        for bucket in self.buckets:
+            add_prefill("", self._prefill, self._leaves, bucket)
+        for level, (program, leaves) in enumerate(self._lighter, 1):
+            add_prefill(f" with compensators {level}", program, leaves, self.buckets[0])
         if self._decode_one is not None:
-            programs.append(("decode 1", self._decode_one, (np.int32(0),)))
+            programs.append(("decode 1", self._decode_one, self._leaves, (np.int32(0),)))
         if self._decode_greedy is not None:
-            programs.append((f"greedy {self.slots}", self._decode_greedy, (self._active[1],)))
-        programs.append((f"decode {self.slots}", self._decode_all, (self._active[1],)))
-        leaves, state = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
-            (self._leaves, self._state),
-        )
+            programs.append((f"greedy {self.slots}", self._decode_greedy, self._leaves, (self._active[1],)))
+        programs.append((f"decode {self.slots}", self._decode_all, self._leaves, (self._active[1],)))
+
+        def shapes(arrays: Any) -> Any:
+            return jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), arrays
+            )
+
+        state = shapes(self._state)
+
         with ThreadPoolExecutor(max_workers=2) as pool:
             # A call finds what was compiled for the same function, shapes and placement.
-            pending = [pool.submit(lambda f, a: f.lower(leaves, state, *a).compile(), f, a) for _, f, a in programs]
-            for (name, program, args), compiled in zip(programs, pending, strict=True):
+            pending = [
+                pool.submit(lambda f, x, a: f.lower(shapes(x), state, *a).compile(), *rest) for _, *rest in programs
+            ]
+            for (name, program, leaves, args), compiled in zip(programs, pending, strict=True):
                 compiled.result()
-                token, self._state = program(self._leaves, self._state, *args)
+                token, self._state = program(leaves, self._state, *args)
                 token.block_until_ready()
                 yield name
 

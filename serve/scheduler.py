@@ -1,109 +1,155 @@
-"""Which requests hold the slots and what runs next; pure bookkeeping without a device."""
+"""What runs next: pure functions of small arrays, numpy's or jax's, without a device.
 
-import collections
+The same code runs in the engine, in the simulator and inside a jitted program. Times are seconds. `serve.slots` keeps
+the books and asks.
+"""
+
 import dataclasses
-from collections.abc import Sequence
+from typing import Any
 
-from serve.request import Request
+import numpy as np
+from jax.tree_util import register_dataclass
+from jaxtyping import Array, Bool, Float, Int
+
+from serve.latency import LatencyTable
+from serve.request import UNBOUNDED
+
+Either = Array | np.ndarray
+"""An array of numpy or of jax; all of a call are of one kind."""
 
 
+@register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """A part of a prompt to prefill: `tokens[start : start + length]` of the slot's prompt, padded to `bucket`."""
+class Running:
+    """What the policy sees of S slots.
 
-    slot: int
-    start: int
-    length: int
-    bucket: int
-    last: bool
+    `decoding` [S] tells which have a token to generate. As floats: `context` [S] their tokens in the cache; `itl` and
+    `tpot` [S] what they may take; `first` [S] when the first token came; `generated` [S] how many did.
+    """
+
+    decoding: Any
+    context: Any
+    itl: Any
+    tpot: Any
+    first: Any
+    generated: Any
 
 
-def choose_chunk(remaining: int, buckets: Sequence[int], *, limit: int) -> tuple[int, int]:
-    """Give (tokens, bucket) of the next chunk of a prompt with `remaining` tokens left.
+def step_budget(running: Running, *, now: Any) -> Float[Either, ""]:
+    """Give the seconds that the next iteration may take so that every decoding request gets its token in time.
+
+    With `itl` that is the gap itself. With `tpot`, token j is due at `first + j tpot`, and a request that is behind
+    still gets steps of its `tpot`, as shorter ones would only starve the prompts.
+    """
+    xp = running.itl.__array_namespace__()
+    due = running.first + running.generated * running.tpot - now
+    allowed = xp.minimum(running.itl, xp.maximum(due, running.tpot))
+    return xp.min(xp.where(running.decoding, allowed, UNBOUNDED))
+
+
+def must_run(running: Running, *, now: Any, seconds: Any) -> Bool[Either, " S"]:
+    """Give who cannot skip an iteration of `seconds`.
+
+    Source: AdaServe, `A = (elapsed + t) / TPOT - generated` tokens are owed after it; with A <= 0 a request may wait.
+    """
+    owed = (now + seconds - running.first) / running.tpot - (running.generated - 1)
+    return running.decoding & ((owed > 0) | (running.itl < UNBOUNDED))
+
+
+def choose_column(
+    seconds: Float[Either, "E C"], *, budget: Any, droppable: Any
+) -> tuple[Int[Either, ""], Int[Either, ""]]:
+    """Give the largest chunk, as an index of C, that fits the budget, and the set of compensators, an index of E.
+
+    Where not even the smallest fits with all compensators, it goes with the largest set that does. 0: no chunk.
+    """
+    xp = seconds.__array_namespace__()
+    column = xp.searchsorted(seconds[0], budget, side="right") - 1
+    level = xp.sum(seconds[:, 1] > budget)
+    dropping = (column < 1) & (level < seconds.shape[0]) & droppable
+    return xp.where(dropping, 1, xp.maximum(column, 0)), xp.where(dropping, level, 0)
+
+
+def plan(
+    table: LatencyTable, running: Running, *, start: Any, joins: Any, droppable: Any, urgent: Any, now: Any, share: Any
+) -> tuple[Bool[Either, " S"], Int[Either, ""], Int[Either, ""]]:
+    """Give who decodes in this iteration, and column and set of the chunk of a prompt that goes on at `start`.
+
+    All decode, unless the prompt is `urgent` and would get a larger chunk if those ahead of their TPOT waited. `joins`
+    counts sequences that will decode in this iteration as their prompt ends; `share` of the budget is used.
+    """
+    xp = table.seconds.__array_namespace__()
+    budget = share * step_budget(running, now=now)
+
+    def choose(run: Bool[Either, " S"]) -> tuple[Either, Either, Either]:
+        seconds = table.step(xp.sum(run) + joins, typical_context(table, running.context, run), start)
+        return seconds, *choose_column(seconds, budget=budget, droppable=droppable)
+
+    everyone = running.decoding
+    seconds, column, level = choose(everyone)
+    needed = must_run(running, now=now, seconds=seconds[0, 0])
+    _, larger, other = choose(needed)
+    skip = urgent & ((larger > column) | ((larger == column) & (other < level)))
+    return xp.where(skip, needed, everyone), xp.where(skip, larger, column), xp.where(skip, other, level)
+
+
+def typical_context(table: LatencyTable, context: Float[Either, " S"], run: Bool[Either, " S"]) -> Float[Either, ""]:
+    """Give the one context that stands for those of the sequences in `run`, as the table means it."""
+    xp = table.seconds.__array_namespace__()
+    own = xp.where(run, context, 0)
+    return xp.max(own) if table.longest else xp.sum(own) / xp.maximum(xp.sum(xp.where(run, 1.0, 0.0)), 1.0)
+
+
+def choose_chunk(
+    remaining: Any, buckets: Int[Either, " C"], *, largest: Any
+) -> tuple[Int[Either, ""], Int[Either, ""]]:
+    """Give (tokens, index of the bucket) of the next chunk of a prompt with `remaining` tokens left.
 
     The whole rest goes into the smallest bucket that holds it when at least half of that bucket is used (or nothing
-    smaller exists); else the largest full bucket goes first and the rest follows. `buckets` rise; none above `limit`
-    is used.
+    smaller exists); else the largest full bucket goes first and the rest follows. `buckets` rise; none above index
+    `largest` is used.
     """
-    allowed = [bucket for bucket in buckets if bucket <= limit] or [buckets[0]]
-    full = [bucket for bucket in allowed if bucket <= remaining]
-    holding = next((bucket for bucket in allowed if bucket >= remaining), None)
-    if holding is not None and (2 * remaining >= holding or not full):
-        return remaining, holding
-    return full[-1], full[-1]
+    xp = buckets.__array_namespace__()
+    holding = xp.searchsorted(buckets, remaining)
+    full = xp.searchsorted(buckets, remaining, side="right") - 1
+    size = buckets[xp.minimum(holding, buckets.shape[0] - 1)]
+    whole = (holding <= largest) & ((2 * remaining >= size) | (full < 0))
+    index = xp.where(whole, holding, xp.clip(full, 0, largest))
+    return xp.minimum(remaining, buckets[index]), index
 
 
-class SlotScheduler:
-    """Gives slots to waiting requests, first come first served, and cuts their prompts into chunks.
+def queue_order(
+    *,
+    priority: Int[Either, " Q"],
+    arrival: Float[Either, " Q"],
+    deadline: Float[Either, " Q"],
+    work: Float[Either, " Q"],
+    now: Any,
+    aging: Any,
+) -> Int[Either, " Q"]:
+    """Order prompts by level, then least slack, then arrival; `work` is the seconds a prompt needs by itself.
 
-    A request is waiting, then prefilling in a slot, then decoding there. Decoding requests run every iteration; of
-    prompts, at most `stall_tokens` (bucket padding included) run between two decode steps, so that a long prompt does
-    not hold up the answers being streamed. With nothing decoding, the largest buckets are used.
+    The level is the priority, one more for a deadline that cannot be met any more, so that a late one does not make the
+    next late as well, and one less for every `aging` seconds of waiting, so that nothing waits for ever.
     """
+    xp = arrival.__array_namespace__()
+    slack = deadline - now - work
+    level = priority + (slack < 0) - xp.floor((now - arrival) / aging)
+    return xp.lexsort((arrival, slack, level))
 
-    def __init__(self, *, num_slots: int, buckets: Sequence[int], stall_tokens: int):
-        self.num_slots = num_slots
-        self._buckets = tuple(sorted(buckets))
-        self._stall_tokens = stall_tokens
-        self._free = list(range(num_slots))
-        self.waiting: collections.deque[Request] = collections.deque()
-        self.prefilling: dict[Request, tuple[int, int]] = {}  # slot, tokens done; in order of admission
-        self.decoding: dict[Request, int] = {}  # slot
 
-    @property
-    def num_running(self) -> int:
-        """Requests that hold a slot."""
-        return len(self.prefilling) + len(self.decoding)
+def drop_order(score: Float[Either, " M"], seconds: Float[Either, " M"]) -> Int[Either, " M"]:
+    """Order compensators by what they mend for the time they take, least first: the order to leave them out in."""
+    xp = score.__array_namespace__()
+    return xp.argsort(score / xp.maximum(seconds, 1e-9))
 
-    @property
-    def idle(self) -> bool:
-        """Whether there is nothing to do."""
-        return not (self.waiting or self.prefilling or self.decoding)
 
-    def submit(self, request: Request) -> None:
-        """Put a request at the end of the queue."""
-        self.waiting.append(request)
+def first_token_times(
+    tokens: Float[np.ndarray, " Q"], slot_free: Float[np.ndarray, " Q"], *, pace: float
+) -> Float[np.ndarray, " Q"]:
+    """Give the seconds until each prompt of a queue, in order, is through, at `pace` seconds a token.
 
-    def admit(self) -> list[tuple[Request, int]]:
-        """Give free slots to waiting requests; returns who got which."""
-        admitted = []
-        while self._free and self.waiting:
-            request, slot = self.waiting.popleft(), self._free.pop(0)
-            self.prefilling[request] = (slot, 0)
-            admitted.append((request, slot))
-        return admitted
-
-    def next_chunks(self) -> list[tuple[Request, Chunk]]:
-        """Take the prompt chunks to run before the next decode step; moves finished prompts to decoding."""
-        budget = self._stall_tokens if self.decoding else self._buckets[-1]
-        chunks: list[tuple[Request, Chunk]] = []
-        for request in list(self.prefilling):
-            slot, done = self.prefilling[request]
-            length, bucket = choose_chunk(len(request.prompt) - done, self._buckets, limit=budget)
-            if chunks and bucket > budget:
-                break
-            budget -= bucket
-            last = done + length == len(request.prompt)
-            chunks.append((request, Chunk(slot=slot, start=done, length=length, bucket=bucket, last=last)))
-            if last:
-                del self.prefilling[request]
-                self.decoding[request] = slot
-            else:
-                self.prefilling[request] = (slot, done + length)
-                break
-        return chunks
-
-    def remove(self, request: Request) -> bool:
-        """Forget a request wherever it is and free its slot; False if it is unknown."""
-        if request in self.prefilling:
-            slot, _ = self.prefilling.pop(request)
-        elif request in self.decoding:
-            slot = self.decoding.pop(request)
-        elif request in self.waiting:
-            self.waiting.remove(request)
-            return True
-        else:
-            return False
-        self._free.append(slot)
-        self._free.sort()
-        return True
+    A prompt begins when the one before is through and its slot is free: `t_i = max(t_(i-1), slot_i) + tokens_i pace`.
+    """
+    done = np.cumsum(tokens * pace)
+    return done + np.maximum.accumulate(slot_free - (done - tokens * pace))

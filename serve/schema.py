@@ -1,13 +1,22 @@
 """Bodies of the OpenAI-compatible endpoints, and what they mean to the engine."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, StringConstraints
 
-from serve.request import BadParameterError, SamplingParams, check_range
+from serve.request import UNBOUNDED, BadParameterError, SamplingParams, Slo, check_range
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of `max_tokens` in text completions; chat answers run to the end of the context."""
+
+TTFT_KEY, TPOT_KEY = "x-slo-ttft-ms", "x-slo-tpot-ms"
+"""Limits of a request, in milliseconds, as header or body key: names of the Gateway API Inference Extension."""
+
+_SLO_HEADERS = {
+    TTFT_KEY: (TTFT_KEY, "x-llm-d-slo-ttft-ms"),
+    TPOT_KEY: (TPOT_KEY, "x-llm-d-slo-tpot-ms"),
+}
 
 _MAX_STOPS = 16
 _MAX_N = 16
@@ -82,6 +91,10 @@ class CommonBody(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    slo_ttft_ms: Annotated[Number | None, Field(validation_alias=AliasChoices(TTFT_KEY, "slo_ttft_ms"))] = None
+    slo_tpot_ms: Annotated[Number | None, Field(validation_alias=AliasChoices(TPOT_KEY, "slo_tpot_ms"))] = None
+    priority: Annotated[int, Field(strict=True)] = 0
+    allow_uncompensated: Annotated[bool, Field(strict=True)] = True
 
     def check(self) -> None:
         """Refuse what this server cannot do rather than answer something else than was asked.
@@ -124,6 +137,20 @@ class CommonBody(BaseModel):
         """Give the limit on generated tokens that the client set, or None."""
         return self.max_tokens
 
+    def limits(self, headers: Mapping[str, str], *, default: Slo) -> Slo:
+        """Give the limits on time that the body or else the headers ask for, and where they do not, the server's own.
+
+        Raises:
+            BadParameterError: A limit is no number above 0.
+        """
+        ttft = _seconds(TTFT_KEY, self.slo_ttft_ms, headers)
+        tpot = _seconds(TPOT_KEY, self.slo_tpot_ms, headers)
+        return Slo(
+            ttft=default.ttft if ttft is None else ttft,
+            itl=default.itl if tpot is None else UNBOUNDED,
+            tpot=default.tpot if tpot is None else tpot,
+        )
+
     def sampling(self, *, room: int, eos_ids: tuple[int, ...], fallback_seed: int) -> SamplingParams:
         """Give the engine's parameters for an answer that may have `room` tokens at most.
 
@@ -144,6 +171,20 @@ class CommonBody(BaseModel):
             stop=self.stops,
             stop_token_ids=frozenset(() if self.ignore_eos else eos_ids) | frozenset(self.stop_token_ids or ()),
         )
+
+
+def _seconds(key: str, value: float | None, headers: Mapping[str, str]) -> float | None:
+    """Read a limit in milliseconds."""
+    text = next((headers[name] for name in _SLO_HEADERS[key] if name in headers), None)
+    if value is None and text is not None:
+        try:
+            value = float(text)
+        except ValueError:
+            raise BadParameterError(f"{key} must be a number of milliseconds, got {text!r}", param=key) from None
+    if value is None:
+        return None
+    check_range(key, value, low=0.0, high=1e3 * UNBOUNDED, open_low=True)
+    return value / 1e3
 
 
 class CompletionBody(CommonBody):

@@ -1,9 +1,14 @@
 """From a configuration to a running engine, saying what happens and how long each phase takes."""
 
 import contextlib
+import dataclasses
 import logging
+import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.monitoring
@@ -11,19 +16,25 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from serve.config import ServeConfig
+from serve.config import SchedulerConfig, ServeConfig
 from serve.cpu import cpu_logits, lay_out_for_cpu
 from serve.engine import Engine
 from serve.gateway import Gateway, ModelInfo
 from serve.gpu import command_buffer_options
+from serve.latency import Profile, load_profile
 from serve.layout import lay_out
 from serve.metrics import Metrics
+from serve.request import UNBOUNDED, Slo
 from serve.runner import Runner
-from serve.scheduler import SlotScheduler
+from serve.slots import SlotScheduler, Timing
+from spear_jax.cli import cache_dir
+from spear_jax.config import ModelConfig
+from spear_jax.loading import find_checkpoint
 from spear_jax.models.decoder import Decoder, unstack
 from spear_jax.models.quantize import expand_model, expand_tables, quantize_model, quantize_tables, weight_bytes
 from spear_jax.models.source import DEMO
 from spear_jax.quant import QuantSpec, QuantTensor
+from spear_jax.versions import package_versions
 
 log = logging.getLogger(__name__)
 
@@ -74,69 +85,188 @@ class Phases:
         return time.monotonic() - self._begin
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A model laid out for this machine, and what is known of it; `scores` has its compensated modules."""
+
+    model: Decoder
+    name: str
+    tokenizer: Any
+    architecture: ModelConfig
+    description: str
+    dense: bool
+    context: int
+    scores: Mapping[str, float]
+
+
+def load_prepared(config: ServeConfig, phases: Phases) -> Prepared:
+    """Load a model, quantize it where it is to be, and lay it out.
+
+    Raises:
+        ValueError, OSError: The model or the settings cannot be used.
+    """
+    from serve.profile import correction_scores
+    from spear_jax.loading import load
+    from spear_jax.recovery import load_recovered
+
+    with phases.phase("load"):
+        loaded = load_recovered(dtype=config.dtype) if recovers(config) else load(config.model, dtype=config.dtype)
+    context = _context(config, loaded.config.max_position)
+    scores = correction_scores(loaded.model.compensators)
+    with phases.phase("prepare weights" if config.quantize == "none" else "quantize"):
+        model, description, dense = prepare(loaded.model, config)
+    return Prepared(
+        model=model,
+        name=loaded.name,
+        tokenizer=loaded.tokenizer,
+        architecture=loaded.config,
+        description=description,
+        dense=dense,
+        context=context,
+        scores=scores,
+    )
+
+
+def make_runner(prepared: Prepared, config: ServeConfig, *, kept: Sequence[Sequence[str]]) -> Runner:
+    """Give the runner of a model; its programs are not compiled yet."""
+    backend = jax.default_backend()
+    return Runner(
+        prepared.model,
+        slots=config.max_slots,
+        context=prepared.context,
+        buckets=config.prefill_buckets,
+        lone_program=backend == "cpu",
+        greedy_program=backend == "gpu",
+        logits=cpu_logits if prepared.dense else Decoder.logits,
+        compiler_options=command_buffer_options(config.command_buffers) if backend == "gpu" else None,
+        kept=kept,
+    )
+
+
+def table_path(config: ServeConfig) -> Path | None:
+    """Say where the latency table of a model is: beside its checkpoint, or in the cache folder; None for none."""
+    where = config.scheduler.latency_table
+    if where == "none":
+        return None
+    if where != "auto":
+        return Path(where).expanduser()
+    kind = re.sub(r"\W+", "-", jax.devices()[0].device_kind).lower()
+    checkpoint = find_checkpoint(config.model)
+    if checkpoint is not None:
+        return checkpoint.parent / f"{checkpoint.name}-latency-{kind}-tp1.json"
+    return cache_dir() / "latency" / f"{re.sub(r'[^\w.]+', '-', config.model)}-{kind}-tp1.json"
+
+
+def table_identity(config: ServeConfig, prepared: Prepared) -> dict[str, Any]:
+    """Say what a latency table is of: with another value of any of these it is another table."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "model": prepared.name,
+        "weights": prepared.description,
+        "tp": 1,
+        "slots": config.max_slots,
+        "context": prepared.context,
+        "buckets": sorted(config.prefill_buckets),
+    } | package_versions("jax", "spear-jax")
+
+
+def find_profile(config: ServeConfig, prepared: Prepared) -> Profile | None:
+    """Read the latency table; one that was not named and does not fit is passed over if nothing depends on it.
+
+    Raises:
+        ValueError, OSError: There is none or it does not fit, and it was named, or limits on time need it.
+    """
+    settings, path = config.scheduler, table_path(config)
+    limits = (settings.itl_slo_ms, settings.tpot_slo_ms, settings.ttft_slo_ms)
+    needed = any(limit is not None for limit in limits) or settings.admission == "refuse"
+    if path is None:
+        if needed:
+            raise ValueError("limits on time need a latency table, and scheduler.latency_table is none")
+        return None
+    if settings.latency_table == "auto" and not needed and not path.is_file():
+        return None
+    try:
+        profile = load_profile(path)
+        profile.check(table_identity(config, prepared), path=path)
+    except ValueError as error:
+        if needed or settings.latency_table != "auto":
+            raise
+        log.warning("no latency table: %s", error)
+        return None
+    return profile
+
+
+def timing_of(config: SchedulerConfig, profile: Profile) -> Timing:
+    """Give what the scheduler judges deadlines by."""
+    table = profile.table
+    if not config.drop_compensators:
+        table = dataclasses.replace(table, seconds=table.seconds[:1])
+    return Timing(table=table, share=config.share, aging=config.aging_s, refuses=config.admission == "refuse")
+
+
 def start_engine(config: ServeConfig, gateway: Gateway, console: Console) -> Engine:
     """Load, quantize and compile a model, start its engine, and open the gateway to requests.
 
     Raises:
         ValueError, OSError: The model or the settings cannot be used.
     """
-    from spear_jax.loading import load
-    from spear_jax.recovery import load_recovered
-
     with Phases(console) as phases:
-        with phases.phase("load"):
-            loaded = load_recovered(dtype=config.dtype) if recovers(config) else load(config.model, dtype=config.dtype)
-        context = _context(config, loaded.config.max_position)
-        with phases.phase("prepare weights" if config.quantize == "none" else "quantize"):
-            model, description, dense = prepare(loaded.model, config)
-            name, tokenizer, architecture = loaded.name, loaded.tokenizer, loaded.config
-            del loaded
-        runner = Runner(
-            model,
-            slots=config.max_slots,
-            context=context,
-            buckets=config.prefill_buckets,
-            lone_program=jax.default_backend() == "cpu",
-            logits=cpu_logits if dense else Decoder.logits,
-            greedy_program=jax.default_backend() == "gpu",
-            compiler_options=command_buffer_options(config.command_buffers) if jax.default_backend() == "gpu" else None,
-        )
+        prepared = load_prepared(config, phases)
+        profile = find_profile(config, prepared)
+        dropping = profile is not None and config.scheduler.drop_compensators
+        runner = make_runner(prepared, config, kept=profile.kept if profile is not None and dropping else ())
         with phases.phase("compile", steps=runner.num_programs):
             for program in runner.warm_up():
                 phases.advance(f"compiled {program}")
         log.info(
             "%s: %s, %.0f MiB; KV cache %.0f MiB for %d slots of %d tokens; started in %.1f s",
-            name,
-            description,
-            weight_bytes(model) / 2**20,
+            prepared.name,
+            prepared.description,
+            weight_bytes(prepared.model) / 2**20,
             runner.cache_bytes / 2**20,
             config.max_slots,
-            context,
+            prepared.context,
             phases.seconds,
         )
-    names = (config.served_model_name,) if config.served_model_name else (name, config.model)
+    names = (config.served_model_name,) if config.served_model_name else (prepared.name, config.model)
     metrics = Metrics(names[0])
-    backend = tokenizer.backend_tokenizer
+    backend = prepared.tokenizer.backend_tokenizer
+    scheduler = SlotScheduler(
+        num_slots=config.max_slots,
+        buckets=config.prefill_buckets,
+        stall_tokens=config.stall_tokens,
+        timing=None if profile is None else timing_of(config.scheduler, profile),
+    )
     engine = Engine(
         runner,
-        SlotScheduler(num_slots=config.max_slots, buckets=config.prefill_buckets, stall_tokens=config.stall_tokens),
+        scheduler,
         decode=lambda ids: backend.decode(ids, skip_special_tokens=True),
         deliver=gateway.deliver,
         metrics=metrics,
-        context=context,
+        context=prepared.context,
     )
     info = ModelInfo(
         names=tuple(dict.fromkeys(names)),
-        tokenizer=tokenizer,
-        context=context,
-        vocab_size=architecture.vocab_size,
-        bos_id=architecture.bos_id,
-        eos_ids=architecture.eos_ids,
+        tokenizer=prepared.tokenizer,
+        context=prepared.context,
+        vocab_size=prepared.architecture.vocab_size,
+        bos_id=prepared.architecture.bos_id,
+        eos_ids=prepared.architecture.eos_ids,
     )
     count_compilations(metrics)
     engine.start()
-    gateway.ready(engine, info, metrics, stuck_seconds=config.stuck_seconds)
+    gateway.ready(engine, info, metrics, stuck_seconds=config.stuck_seconds, slo=default_slo(config.scheduler))
     return engine
+
+
+def default_slo(config: SchedulerConfig) -> Slo:
+    """Give the limits of requests that ask for none."""
+
+    def seconds(milliseconds: float | None) -> float:
+        return UNBOUNDED if milliseconds is None else milliseconds / 1e3
+
+    return Slo(ttft=seconds(config.ttft_slo_ms), itl=seconds(config.itl_slo_ms), tpot=seconds(config.tpot_slo_ms))
 
 
 def count_compilations(metrics: Metrics) -> None:

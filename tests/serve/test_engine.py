@@ -1,5 +1,7 @@
 """The engine over a device made of Python: ends, stops, aborts, failures, and that every slot comes back."""
 
+import asyncio
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -8,9 +10,11 @@ import numpy as np
 import pytest
 
 from serve.engine import Engine
+from serve.gateway import Gateway, Ticket
+from serve.latency import make_table
 from serve.metrics import Metrics
-from serve.request import Output, Request, SamplingParams
-from serve.scheduler import SlotScheduler
+from serve.request import Admission, Output, Request, SamplingParams, Slo, UnattainableError
+from serve.slots import SlotScheduler, Timing
 
 SLOTS = 2
 
@@ -25,11 +29,22 @@ class CountingRunner:
         self.fail = False
         self.step_seconds = 0.0
         self.decoded: list[tuple[int, ...]] = []
+        self.levels: list[int] = []
 
     def prefill(
-        self, tokens: Sequence[int], *, slot: int, start: int, bucket: int, last: bool, params: SamplingParams
+        self,
+        tokens: Sequence[int],
+        *,
+        slot: int,
+        start: int,
+        bucket: int,
+        last: bool,
+        params: SamplingParams,
+        level: int,
     ) -> np.ndarray:
         assert len(tokens) <= bucket
+        assert level == 0 or bucket == 4
+        self.levels.append(level)
         self.last[slot] = tokens[-1] + 1
         return self.last[slot].copy()
 
@@ -45,9 +60,9 @@ class CountingRunner:
 class Bench:
     """An engine with its runner, and the outputs of each request by id."""
 
-    def __init__(self) -> None:
+    def __init__(self, timing: Timing | None = None) -> None:
         self.runner = CountingRunner()
-        self.scheduler = SlotScheduler(num_slots=SLOTS, buckets=(4, 8), stall_tokens=4)
+        self.scheduler = SlotScheduler(num_slots=SLOTS, buckets=(4, 8), stall_tokens=4, timing=timing)
         self.metrics = Metrics("counting")
         self.outputs: dict[str, list[Output]] = {}
         self._changed = threading.Condition()
@@ -171,3 +186,97 @@ def test_stopping_ends_what_is_running_with_an_error(bench: Bench) -> None:
     assert bench.engine.stop(timeout=20)
     assert bench.outputs["r"][-1].finish_reason == "abort"
     assert bench.engine.failure is None
+
+
+def timing(*, refuses: bool) -> Timing:
+    """10 ms a step; 4 prompt tokens 10 ms, without compensators 5."""
+    seconds = np.zeros((2, 3, 3, 2))
+    seconds[:, 1:], seconds[:, :, 1], seconds[:, :, 2] = 0.01, 0.01, 0.02
+    seconds[:, 1:, 1:] += 0.01
+    seconds[1, :, 1] -= 0.005
+    table = make_table(seconds, decodes=(0, 1, SLOTS), chunks=(0, 4, 8), contexts=(1, 100), longest=False)
+    return Timing(table=table, share=1.0, refuses=refuses)
+
+
+@pytest.fixture
+def benches():
+    made: list[Bench] = []
+
+    def make(**options: bool) -> Bench:
+        made.append(Bench(timing(**options)))
+        return made[-1]
+
+    yield make
+    for bench in made:
+        bench.engine.stop(timeout=20)
+
+
+def limited(name: str, length: int = 2, *, tokens: int = 3, **slo: float) -> Request:
+    return Request(id=name, prompt=(7,) * length, params=SamplingParams(max_tokens=tokens), slo=Slo(**slo))
+
+
+def test_limits_that_cannot_be_kept_are_refused_with_a_time_to_come_back(benches: Callable[..., Bench]) -> None:
+    bench = benches(refuses=True)
+    bench.engine.submit(limited("strict", itl=0.005))
+    bench.wait(lambda: bench.ended("strict"))
+    (refusal,) = bench.outputs["strict"]
+    assert refusal.finish_reason == "abort"
+    assert refusal.retry_after is not None
+    assert refusal.retry_after > 0
+    bench.engine.submit(limited("easy", ttft=60.0, itl=5.0))
+    assert bench.answer("easy") == ("[8][9][10]", "length", 3)
+    assert bench.outputs["easy"][0] == Output()
+    assert bench.gauge("slo_unattainable_total") == 1
+    bench.wait(lambda: bench.metrics.registry.get_sample_value(
+        "spear:request_slo_total", {"model_name": "counting", "met": "true"}) == 1)  # fmt: skip
+
+
+def test_or_they_are_served_without_them(benches: Callable[..., Bench]) -> None:
+    bench = benches(refuses=False)
+    bench.engine.submit(limited("strict", itl=0.005))
+    assert bench.answer("strict")[1:] == ("length", 3)
+    assert bench.gauge("slo_best_effort_total") == 1
+
+
+def test_prompt_tokens_without_compensators_are_counted_and_told(benches: Callable[..., Bench]) -> None:
+    bench = benches(refuses=False)
+    bench.runner.step_seconds = 0.002
+    bench.engine.submit(limited("running", tokens=10_000, itl=0.016))
+    bench.wait(lambda: len(bench.outputs.get("running", ())) > 2)
+    bench.scheduler.timing.drift.observe = lambda **_: None  # type: ignore[union-attr, method-assign]
+    bench.scheduler.timing.drift.factor = 1.0  # type: ignore[union-attr]
+    bench.engine.submit(limited("squeezed", 9))
+    bench.answer("squeezed")
+    assert bench.outputs["squeezed"][-1].uncompensated == 9
+    assert bench.runner.levels[-3:] == [1, 1, 1]
+    before = len(bench.runner.levels)
+    bench.engine.submit(dataclasses.replace(limited("whole", 9), droppable=False))
+    time.sleep(0.2)
+    assert len(bench.runner.levels) == before
+    assert bench.gauge("prompt_tokens_uncompensated_total") == 9
+
+
+def test_a_ticket_learns_of_a_refusal_before_anything_is_sent(benches: Callable[..., Bench]) -> None:
+    bench = benches(refuses=True)
+    gateway = Gateway(Admission(8))
+    gateway.engine = bench.engine
+
+    async def ask(*requests: Request) -> list[tuple[int, Output]]:
+        gateway.attach(asyncio.get_running_loop())
+        bench._deliver = gateway.deliver  # type: ignore[method-assign]
+        bench.engine._deliver = gateway.deliver
+        gateway.admission.reserve(len(requests))
+        ticket = Ticket(gateway, len(requests))
+        try:
+            ticket.submit(requests)
+            await ticket.taken()
+            return [output async for output in ticket.outputs()]
+        finally:
+            ticket.close()
+
+    outputs = asyncio.run(ask(limited("a", itl=5.0), limited("b"), limited("c", ttft=60.0)))
+    assert sorted(index for index, _ in outputs) == [0] * 3 + [1] * 3 + [2] * 3
+    with pytest.raises(UnattainableError) as error:
+        asyncio.run(ask(limited("d", itl=5.0), limited("e", itl=0.001)))
+    assert error.value.retry_after > 0
+    assert gateway.admission.held == 0

@@ -181,6 +181,9 @@ HELLO: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content
         (CHAT, HELLO | {"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
         (CHAT, HELLO | {"logprobs": True}, 400, "logprobs", "unsupported_parameter"),
         (CHAT, HELLO | {"stream_options": {"include_usage": True}}, 400, "stream_options", "invalid_value"),
+        (CHAT, HELLO | {"x-slo-ttft-ms": 0}, 400, "x-slo-ttft-ms", "invalid_value"),
+        (CHAT, HELLO | {"slo_tpot_ms": "fast"}, 400, None, "invalid_type"),
+        (CHAT, HELLO | {"priority": 0.5}, 400, "priority", "invalid_type"),
         (CHAT, HELLO | {"model": "gpt-9"}, 404, "model", "model_not_found"),
         (CHAT, b'{"model": "demo", "messages": [{"role": "user", "content": "\\ud800"}]}', 400, "messages", None),
         (TEXT, {"model": "demo", "prompt": []}, 400, "prompt", "invalid_value"),
@@ -213,6 +216,17 @@ def test_mistakes_have_openai_shape(
 def test_unknown_fields_and_harmless_values_pass(server: Any) -> None:
     body = HELLO | {"store": False, "metadata": {"a": "b"}, "tools": None, "frequency_penalty": 0, "logit_bias": {}}
     assert post(server, CHAT, json.dumps(body).encode())[0] == 200
+
+
+def test_limits_come_as_headers_or_in_the_body(server: Any) -> None:
+    before = server.metric("request_slo_total")
+    slow = {"x-slo-ttft-ms": "600000", "x-llm-d-slo-tpot-ms": "600000"}
+    assert post(server, CHAT, json.dumps(HELLO).encode(), slow)[0] == 200
+    assert post(server, CHAT, json.dumps(HELLO | {"slo_ttft_ms": 1e6, "priority": -1}).encode())[0] == 200
+    assert post(server, CHAT, json.dumps(HELLO).encode())[0] == 200
+    assert server.metric("request_slo_total") == before + 2
+    status, body, _ = post(server, CHAT, json.dumps(HELLO).encode(), {"x-slo-tpot-ms": "soon"})
+    assert (status, body["error"]["param"]) == (400, "x-slo-tpot-ms")
 
 
 def test_the_sdk_raises_the_right_errors(client: openai.OpenAI) -> None:
@@ -274,6 +288,8 @@ def assert_mistake(flags: list[str], word: str, *, module: str = "spear_jax.serv
         (["--port", "0", "--model", "missing.gguf"], "missing.gguf"),
         (["--max-slots", "0"], "max_slots"),
         (["--slots", "3"], "--slots"),
+        (["--scheduler.itl-slo-ms", "-1"], "scheduler.itl_slo_ms"),
+        (["--port", "0", "--scheduler.latency-table", "none", "--scheduler.itl-slo-ms", "20"], "need a latency table"),
         (["--port", "0", "--max-context", "9000"], "max_context 9000 is more than the 8192 positions of the model"),
     ],
 )

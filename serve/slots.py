@@ -1,0 +1,388 @@
+"""The books of the scheduler: which requests hold the slots, and each iteration as the policy decides it."""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from serve.latency import Drift, LatencyTable
+from serve.request import UNBOUNDED, Request, Slo
+from serve.scheduler import Running, choose_chunk, first_token_times, plan, queue_order, step_budget, typical_context
+
+_EXPECTED_TOKENS = 256.0
+"""Length of an answer, until some have ended."""
+
+_AGING_SECONDS = 10.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """A part of a prompt to prefill: `tokens[start : start + length]` of the slot's prompt, padded to `bucket`.
+
+    `level` is the set of compensators it is run with; 0 is all of them.
+    """
+
+    slot: int
+    start: int
+    length: int
+    bucket: int
+    last: bool
+    level: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """An iteration: chunks in the order to run, then one token for each slot in `run` [S].
+
+    `predicted` is the table's idea of its seconds, without drift, or 0; `skipped` counts who could decode and waits.
+    """
+
+    chunks: list[tuple[Request, Chunk]]
+    run: Bool[np.ndarray, " S"]
+    predicted: float = 0.0
+    skipped: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timing:
+    """What deadlines are judged by: a table, its drift, the share of a budget to use, and seconds that age by a level.
+
+    `refuses`: a request whose limits cannot be kept is refused; else it is served without them.
+    """
+
+    table: LatencyTable
+    drift: Drift = dataclasses.field(default_factory=Drift)
+    share: float = 0.9
+    aging: float = _AGING_SECONDS
+    refuses: bool = False
+
+
+class SlotScheduler:
+    """Gives slots to waiting requests and cuts their prompts into chunks.
+
+    A request is waiting, then prefilling in a slot, then decoding there. Without `timing`, or while nobody who decodes
+    has a limit on the time between tokens, at most `stall_tokens` of prompts (bucket padding included) run between two
+    decode steps, so that a long prompt does not hold up the answers being streamed; with nothing decoding, the largest
+    bucket's worth is run. With limits and a table, chunks are as large as the tightest limit allows.
+    """
+
+    def __init__(self, *, num_slots: int, buckets: Sequence[int], stall_tokens: int, timing: Timing | None = None):
+        self.num_slots = num_slots
+        self.timing = timing
+        self.stall_tokens = stall_tokens
+        self.buckets = np.array(sorted(buckets))
+        self.waiting: collections.deque[Request] = collections.deque()
+        self.prefilling: dict[Request, tuple[int, int]] = {}  # slot, tokens done; in order of admission
+        self.decoding: dict[Request, int] = {}  # slot
+        self.running = Running(
+            decoding=np.zeros(num_slots, bool),
+            context=np.zeros(num_slots),
+            itl=np.full(num_slots, UNBOUNDED),
+            tpot=np.full(num_slots, UNBOUNDED),
+            first=np.zeros(num_slots),
+            generated=np.zeros(num_slots),
+        )
+        self.slo: dict[Request, Slo] = {}  # what each is held to, of those submitted and not removed
+        self._free = list(range(num_slots))
+        self._limit = np.zeros(num_slots)
+        self._mean_tokens = _EXPECTED_TOKENS
+        if timing is not None:
+            chunks, most = timing.table.chunks, timing.table.decodes[-1]
+            if chunks[1:].tolist() != self.buckets.tolist() or most < num_slots:
+                raise ValueError(
+                    f"the latency table has chunks {chunks[1:]} and {most:.0f} sequences at most; the server has "
+                    f"buckets {self.buckets} and {num_slots} slots"
+                )
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a slot."""
+        return len(self.prefilling) + len(self.decoding)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.waiting or self.prefilling or self.decoding)
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens in the cache, those being computed included."""
+        slots = list(self.decoding.values())
+        return sum(done for _, done in self.prefilling.values()) + int(self.running.context[slots].sum())
+
+    def submit(self, request: Request, *, best_effort: bool = False) -> None:
+        """Put a request at the end of the queue; with `best_effort` it is not held to its limits."""
+        self.slo[request] = Slo() if best_effort else request.slo
+        self.waiting.append(request)
+
+    def admit(self, now: float) -> list[tuple[Request, int]]:
+        """Give free slots to waiting requests, as far as all can decode in time; returns who got which."""
+        admitted: list[tuple[Request, int]] = []
+        if self._free and self.waiting:
+            for request in self._ordered(self.waiting, now)[: len(self._free)]:
+                if not self._can_join(request):
+                    break
+                self.waiting.remove(request)
+                slot = self._free.pop(0)
+                self.prefilling[request] = (slot, 0)
+                admitted.append((request, slot))
+        return admitted
+
+    def next_step(self, now: float) -> Step:
+        """Decide an iteration: moves finished prompts to decoding, and counts the tokens it asks for."""
+        running, ready = self.running, self.running.decoding.copy()
+        run, chunks = ready, []
+        if self.prefilling:
+            run, chunks = (self._cut_by_time if self._limited(now) else self.cut_by_tokens)(ready, now)
+        skipped = int((ready & ~run).sum())
+        run = run | (running.decoding & ~ready)  # prompts that end in this iteration
+        predicted = self._predict(run, chunks)
+        running.generated[run] += 1
+        running.context[run] += 1
+        running.decoding[run] = running.generated[run] < self._limit[run]
+        return Step(chunks=chunks, run=run, predicted=predicted, skipped=skipped)
+
+    def prompt_tokens_beside(self, run: Bool[np.ndarray, " S"]) -> int:
+        """Give how many prompt tokens may run in an iteration that has no limit on its time."""
+        return self.stall_tokens if run.any() else int(self.buckets[-1])
+
+    def token_seen(self, request: Request, now: float) -> None:
+        """Say that a request's first token has come: its `tpot` counts from here."""
+        if (slot := self.decoding.get(request)) is not None:
+            self.running.first[slot] = now
+
+    def retry_after(self, request: Request, now: float) -> float:
+        """Simulate the queue with a newcomer; 0 if it and those before it keep their limits, else how long to wait.
+
+        Answers are taken to go on for their mean length, as they end: a queue is through its prompts one after another.
+        """
+        if self.timing is None or not request.slo.declared:
+            return 0.0
+        share, table = self.timing.share, self._table
+        alone = float(table.at(min(self.num_running + 1, self.num_slots), len(request.prompt))[0, 0])
+        if alone > share * min(request.slo.itl, request.slo.tpot):
+            return self._mean_tokens * alone
+        without, ahead = self._expected(now), self._expected(now, request)
+        late = ahead[request] - share * request.slo.ttft
+        delays = [ahead[r] - without[r] for r in without if without[r] <= self.slo[r].ttft < ahead[r]]
+        return max(late, 0.0, *delays)
+
+    def remove(self, request: Request) -> bool:
+        """Forget a request wherever it is and free its slot; False if it is unknown."""
+        self.slo.pop(request, None)
+        if request in self.prefilling:
+            slot, _ = self.prefilling.pop(request)
+        elif request in self.decoding:
+            slot = self.decoding.pop(request)
+            self._mean_tokens += 0.05 * (int(self.running.generated[slot]) - self._mean_tokens)
+            self.running.decoding[slot] = False
+        elif request in self.waiting:
+            self.waiting.remove(request)
+            return True
+        else:
+            return False
+        self._free.append(slot)
+        self._free.sort()
+        return True
+
+    def _limited(self, now: float) -> bool:
+        """Say whether someone who decodes, or will once its prompt is through, has a limit on the time of tokens."""
+        if self.timing is None:
+            return False
+        coming = (min(self.slo[request].itl, self.slo[request].tpot) for request in self.prefilling)
+        return bool(min(step_budget(self.running, now=now), *coming) < UNBOUNDED)
+
+    @property
+    def _table(self) -> LatencyTable:
+        assert self.timing is not None
+        return self.timing.table.scaled(self.timing.drift.factor)
+
+    def _pace(self, now: float) -> float:
+        """Give the seconds that a prompt token takes with those who decode now; 0 without a table."""
+        if self.timing is None:
+            return 0.0
+        table, running, sizes = self._table, self.running, self.timing.table.chunks
+        run = running.decoding
+        seconds = table.at(run.sum(), typical_context(table, running.context, run))[0]
+        if (budget := step_budget(running, now=now)) < UNBOUNDED:
+            column = np.searchsorted(seconds, self.timing.share * budget, side="right") - 1
+        else:
+            column = np.searchsorted(sizes, self.prompt_tokens_beside(run), side="right") - 1
+        column = max(int(column), 1)
+        return float(seconds[column] / sizes[column])
+
+    def _ordered(self, requests: Iterable[Request], now: float) -> list[Request]:
+        listed = list(requests)
+        if len(listed) < 2:
+            return listed
+        arrival = np.array([r.arrival for r in listed])
+        order = queue_order(
+            priority=np.array([r.priority for r in listed]),
+            arrival=arrival,
+            deadline=arrival + [self.slo.get(r, r.slo).ttft for r in listed],
+            work=self._pace(now) * np.array([len(r.prompt) - self.prefilling.get(r, (0, 0))[1] for r in listed]),
+            now=now,
+            aging=_AGING_SECONDS if self.timing is None else self.timing.aging,
+        )
+        return [listed[i] for i in order]
+
+    def _can_join(self, request: Request) -> bool:
+        """Say whether one more can decode within the limits of all who hold a slot."""
+        if self.timing is None or not self.num_running:
+            return True
+        holders = [request, *self.prefilling, *self.decoding]
+        limit = min(min(slo.itl, slo.tpot) for slo in map(self.slo.__getitem__, holders))
+        context = (len(request.prompt) + self.held_tokens) / len(holders)
+        return limit == UNBOUNDED or bool(self._table.at(len(holders), context)[0, 0] <= self.timing.share * limit)
+
+    def cut_by_tokens(
+        self, run: Bool[np.ndarray, " S"], now: float
+    ) -> tuple[Bool[np.ndarray, " S"], list[tuple[Request, Chunk]]]:
+        """Give who of `run` decodes, and the chunks beside, where time is not limited."""
+        tokens = self.prompt_tokens_beside(run)
+        chunks: list[tuple[Request, Chunk]] = []
+        for request in self._ordered(self.prefilling, now):
+            if tokens <= 0 or (chunks and self.buckets[0] > tokens):
+                break
+            largest = max(int(np.searchsorted(self.buckets, tokens, side="right")) - 1, 0)
+            chunk = self._cut(request, largest=largest, level=0)
+            self._take(request, chunk, now)
+            chunks.append((request, chunk))
+            tokens -= chunk.bucket
+            if not chunk.last:
+                break
+        return run, chunks
+
+    def _cut_by_time(
+        self, run: Bool[np.ndarray, " S"], now: float
+    ) -> tuple[Bool[np.ndarray, " S"], list[tuple[Request, Chunk]]]:
+        """Give the same where time is limited.
+
+        After the first chunk others follow while there is time, unless they would bring fewer prompt tokens a second
+        than the iteration does without: as each is a program of its own, small ones are better left for later.
+        """
+        assert self.timing is not None
+        share, table, running = self.timing.share, self._table, self.running
+        budget, tokens = share * float(step_budget(running, now=now)), self.prompt_tokens_beside(run)
+        limited = budget < share * UNBOUNDED
+        chunks: list[tuple[Request, Chunk]] = []
+        spent = 0.0  # by chunks
+        for joined, request in enumerate(self._ordered(self.prefilling, now)):
+            start = self.prefilling[request][1]
+            alone = table.at(0, start)
+            if limited and not chunks:
+                run, column, level = self._plan(table, request, now)
+                context = typical_context(table, running.context, run)
+                alone = table.step(run.sum(), context, start) - self._decode_seconds(table, run, 0)
+            else:
+                left = budget - spent - self._decode_seconds(table, run, joined + 1)
+                column, level = int(np.searchsorted(alone[0], left, side="right")) - 1, 0
+                if not limited:
+                    column = min(column, int(np.searchsorted(table.chunks, tokens, side="right")) - 1)
+            if column < 1 and (limited or chunks):
+                break
+            chunk = self._cut(request, largest=max(column - 1, 0), level=level)
+            own = float(alone[level, self._column(chunk)])
+            whole = spent + self._decode_seconds(table, run, joined)
+            if chunks and chunk.length * whole < own * sum(other.length for _, other in chunks):
+                break
+            self._take(request, chunk, now)
+            chunks.append((request, chunk))
+            spent += own
+            tokens -= chunk.bucket
+            if not chunk.last:
+                break
+            # Its second token comes at the end of this iteration: so long after the first as what follows takes.
+            budget = min(budget, spent + share * min(self.slo[request].itl, self.slo[request].tpot))
+        return run, chunks
+
+    def _decode_seconds(self, table: LatencyTable, run: Bool[np.ndarray, " S"], joined: int) -> float:
+        """Give the seconds of a decode step of `run`, and of so many more."""
+        context = typical_context(table, self.running.context, run)
+        return float(table.at(run.sum() + joined, context)[0, 0])
+
+    def _plan(self, table: LatencyTable, request: Request, now: float) -> tuple[Bool[np.ndarray, " S"], int, int]:
+        assert self.timing is not None
+        _, done = self.prefilling[request]
+        remaining = len(request.prompt) - done
+        deadline = request.arrival + self.slo[request].ttft
+        run, column, level = plan(
+            table,
+            self.running,
+            start=done,
+            joins=int(remaining <= self.buckets[-1]),
+            droppable=request.droppable,
+            urgent=now < deadline < now + remaining * self._pace(now),
+            now=now,
+            share=self.timing.share,
+        )
+        if column < 1 and now - request.arrival > self.timing.aging:
+            column, level = 1, len(table.seconds) - 1 if request.droppable else 0
+        return np.asarray(run), int(column), int(level)
+
+    def _cut(self, request: Request, *, largest: int, level: int) -> Chunk:
+        """Give the next chunk of a prompt, of no bucket above an index."""
+        slot, start = self.prefilling[request]
+        remaining = len(request.prompt) - start
+        length, index = map(int, choose_chunk(remaining, self.buckets, largest=largest))
+        bucket = int(self.buckets[index])
+        return Chunk(slot=slot, start=start, length=length, bucket=bucket, last=length == remaining, level=level)
+
+    def _take(self, request: Request, chunk: Chunk, now: float) -> None:
+        """Count a chunk as run; with its last one a request begins to decode."""
+        slot = chunk.slot
+        if not chunk.last:
+            self.prefilling[request] = (slot, chunk.start + chunk.length)
+            return
+        del self.prefilling[request]
+        self.decoding[request] = slot
+        running = self.running
+        running.context[slot], running.generated[slot], running.first[slot] = len(request.prompt), 1, now
+        running.itl[slot], running.tpot[slot] = self.slo[request].itl, self.slo[request].tpot
+        self._limit[slot] = request.params.max_tokens
+        running.decoding[slot] = request.params.max_tokens > 1
+
+    def _column(self, chunk: Chunk) -> int:
+        return int(np.searchsorted(self.buckets, chunk.bucket)) + 1
+
+    def _predict(self, run: Bool[np.ndarray, " S"], chunks: Sequence[tuple[Request, Chunk]]) -> float:
+        """Give the table's seconds of an iteration, without drift; 0 without a table."""
+        if self.timing is None:
+            return 0.0
+        return iteration_seconds(self.timing.table, self.running.context, run, [chunk for _, chunk in chunks])
+
+    def _expected(self, now: float, *newcomers: Request) -> dict[Request, float]:
+        """Give, for all who wait for their first token, the seconds from arrival to it."""
+        holding = self._ordered(self.prefilling, now)
+        queue = self._ordered([*self.waiting, *newcomers], now)
+        everyone = [*holding, *queue]
+        if not everyone:
+            return {}
+        step = float(self._table.at(max(len(self.decoding), 1), 0)[0, 0])
+        left = np.minimum(self._limit - self.running.generated, self._mean_tokens)[list(self.decoding.values())]
+        ends = np.concatenate([np.zeros(len(self._free)), np.sort(left) * step])
+        ends = np.concatenate([ends, np.full(max(len(queue) - len(ends), 0), self._mean_tokens * step)])
+        slot_free = np.concatenate([np.zeros(len(holding)), ends[: len(queue)]])
+        tokens = np.array([len(r.prompt) - self.prefilling.get(r, (0, 0))[1] for r in everyone])
+        until = first_token_times(tokens, slot_free, pace=self._pace(now))
+        return {r: now - r.arrival + float(t) for r, t in zip(everyone, until, strict=True)}
+
+
+def iteration_seconds(
+    table: LatencyTable, context: Float[np.ndarray, " S"], run: Bool[np.ndarray, " S"], chunks: Sequence[Chunk]
+) -> float:
+    """Give a table's seconds of an iteration in which the slots in `run`, with `context` tokens each, decode.
+
+    Chunks after the first are taken to cost what they cost by themselves.
+    """
+    if not (chunks or run.any()):
+        return 0.0
+    count, typical = run.sum(), typical_context(table, context, run)
+    if not chunks:
+        return float(table.at(count, typical)[0, 0])
+    first, *rest = chunks
+    columns = np.searchsorted(table.chunks, [chunk.bucket for chunk in chunks])
+    seconds = table.step(count, typical, first.start)[first.level, columns[0]]
+    return float(seconds) + sum(float(table.at(0, c.start)[c.level, i]) for c, i in zip(rest, columns[1:], strict=True))
