@@ -34,7 +34,8 @@ Usage: python -m spear_jax.serve [SETTINGS.yaml] [--flags]; flags win over the f
 model on http://127.0.0.1:8000. Logs and progress go to stderr. SIGTERM or Ctrl-C drains: running answers finish, new
 requests get 503; a second one ends them at once. The exit status is 2 for a mistake in the settings or the model.
 
-python -m spear_jax.serve profile [SETTINGS.yaml] [--flags] measures step times, which limits on time are kept by."""
+Other commands, each with a --help: `python -m spear_jax.serve profile` measures the step times by which limits on
+time are kept; `python -m spear_jax.serve bench` offers a load, to a server or an engine of its own, and measures."""
 
 _PROFILE_DESCRIPTION = """Measure how long the server's iterations take, and write the latency table by which it keeps
 limits on time: beside the checkpoint, or to the file that --scheduler.latency-table names. Takes the server's settings;
@@ -46,6 +47,11 @@ def main() -> None:
     match sys.argv[1:]:
         case ["profile", *rest]:
             run_main(lambda: measure(parse(rest, description=_PROFILE_DESCRIPTION)))
+        case ["bench", *rest]:
+            from serve.bench import main as bench
+
+            log_to_stderr()
+            bench(rest)
         case rest:
             run_main(lambda: serve(parse(rest)))
 

@@ -92,9 +92,13 @@ def arrange(jobs: Sequence[Job], arrivals: Arrivals, *, rate: float | None, seed
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What became of a request: seconds from its start to each token; `times` is empty where it was refused."""
+    """What became of a request: seconds from its start to each token, or to each piece of text of several tokens.
+
+    `times` is empty where it was refused; `tokens` and `prompt` count tokens.
+    """
 
     times: Sequence[float]
+    tokens: int = 0
     prompt: int = 0
     uncompensated: int = 0
 
@@ -106,7 +110,7 @@ class Answer:
     @property
     def tpot(self) -> float:
         """Mean seconds between tokens; 0 with a single one."""
-        return (self.times[-1] - self.times[0]) / max(len(self.times) - 1, 1)
+        return (self.times[-1] - self.times[0]) / max(self.tokens - 1, 1)
 
     def keeps(self, slo: Slo) -> bool:
         """Say whether it was answered within limits."""
@@ -122,7 +126,7 @@ def summarize(answers: Sequence[Answer], *, seconds: float, slo: Slo) -> dict[st
     if not done:
         raise ValueError(f"none of {len(answers)} requests was answered")
     kept = sum(answer.keeps(slo) for answer in done)
-    several = [answer for answer in done if len(answer.times) > 1]
+    several = [answer for answer in done if answer.tokens > 1]
     spread = {
         "ttft_ms": [answer.times[0] for answer in done],
         "itl_ms": [gap for answer in several for gap in answer.gaps],
@@ -133,7 +137,7 @@ def summarize(answers: Sequence[Answer], *, seconds: float, slo: Slo) -> dict[st
         "requests": len(answers),
         "refused": len(answers) - len(done),
         "seconds": seconds,
-        "output_tokens_per_second": sum(len(answer.times) for answer in done) / seconds,
+        "output_tokens_per_second": sum(answer.tokens for answer in done) / seconds,
         "prompt_tokens_per_second": sum(answer.prompt for answer in done) / seconds,
         "requests_per_second": len(done) / seconds,
         "attained": kept / len(answers),

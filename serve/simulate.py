@@ -172,8 +172,8 @@ def simulate(
                 if len(seen) == request.params.max_tokens:
                     scheduler.remove(request)
     answers = [
-        Answer(times=times[request], prompt=len(request.prompt), uncompensated=uncompensated[request])
-        for request in requests
+        Answer(times=seen, tokens=len(seen), prompt=len(request.prompt), uncompensated=uncompensated[request])
+        for request, seen in times.items()
     ]
     return answers, busy
 

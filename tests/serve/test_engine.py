@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from serve.engine import Engine
 from serve.gateway import Gateway, Ticket
@@ -280,3 +282,41 @@ def test_a_ticket_learns_of_a_refusal_before_anything_is_sent(benches: Callable[
         asyncio.run(ask(limited("d", itl=5.0), limited("e", itl=0.001)))
     assert error.value.retry_after > 0
     assert gateway.admission.held == 0
+
+
+@settings(max_examples=3, deadline=None)
+@given(seed=st.integers(0, 2**32), limits=st.booleans())
+def test_a_thousand_requests_of_all_kinds_end_and_give_everything_back(seed: int, limits: bool) -> None:
+    rng = np.random.default_rng(seed)
+    bench = Bench(dataclasses.replace(timing(refuses=False), aging=0.05) if limits else None)
+    requests = [
+        dataclasses.replace(
+            limited(
+                f"r{i}", int(rng.integers(1, 40)), tokens=int(rng.integers(1, 12)), ttft=float(rng.uniform(0.01, 20)),
+                **({"itl": float(rng.uniform(0.008, 0.1))} if rng.random() < 0.5 else {"tpot": 0.03}),
+            ),
+            priority=int(rng.integers(-2, 3)),
+            droppable=bool(rng.random() < 0.5),
+        )
+        for i in range(1000)
+    ]  # fmt: skip
+    gone = {request.id for request in requests if rng.random() < 0.3}
+    for request in requests:
+        bench.engine.submit(request)
+        if request.id in gone and rng.random() < 0.5:
+            bench.engine.abort(request)
+    for request in requests:
+        if request.id in gone:
+            bench.engine.abort(request)
+    for request in requests:
+        if request.id not in gone:
+            text, reason, tokens = bench.answer(request.id)
+            assert (reason, tokens) == ("length", request.params.max_tokens)
+            assert text == "".join(f"[{8 + i}]" for i in range(tokens))
+    bench.wait(lambda: bench.gauge("num_requests_running") == 0 or time.sleep(0.01) is None)
+    assert bench.engine.stop(timeout=20)
+    assert bench.scheduler.idle
+    assert not bench.scheduler.slo
+    assert not bench.scheduler.running.decoding.any()
+    assert bench.gauge("kv_cache_usage_perc") == 0
+    assert sorted(bench.scheduler._free) == list(range(SLOTS))

@@ -17,6 +17,8 @@ import numpy as np
 import openai
 import pytest
 
+from serve.bench import BenchConfig, bench
+
 pytestmark = pytest.mark.timeout(900)
 
 PROMPTS = [
@@ -250,6 +252,19 @@ def test_a_client_that_goes_away_frees_its_slot(server: Any, stream: bool) -> No
         server.wait_for_metric("generation_tokens_total", lambda n: n > before)
     server.wait_for_metric("num_requests_running", lambda n: n == 0)
     assert server.metric("generation_tokens_total") - before < 290, "it ended by itself, which shows nothing"
+
+
+def test_the_bench_measures_a_server_at_its_rate(server: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    bench(
+        BenchConfig(
+            url=server.url, load="fixed", rates=(20.0,), requests=5, prompt_tokens=20, tokens=6, ttft_slo_ms=1e6
+        )
+    )
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert (result["requests"], result["refused"], result["attained"]) == (5, 0, 1.0)
+    assert result["output_tokens_per_second"] == pytest.approx(30 / result["seconds"])
+    assert result["seconds"] > 0.2
+    assert result["ttft_ms"]["p50"] > 0
 
 
 def test_a_full_queue_says_when_to_come_back(server: Any) -> None:

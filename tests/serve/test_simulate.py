@@ -2,7 +2,10 @@
 
 import dataclasses
 import itertools
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.config import SchedulerConfig
+from serve.engine import Engine
 from serve.latency import LatencyTable, Profile, make_table
 from serve.load import Answer, Job, arrange, read_trace, summarize
-from serve.request import Slo
+from serve.metrics import Metrics
+from serve.request import Output, Request, SamplingParams, Slo
 from serve.simulate import SimulateConfig, compare, make_scheduler, simulate
 from serve.slots import SlotScheduler, Timing
 
@@ -95,7 +100,11 @@ def test_limits_are_kept_where_fixed_chunks_miss_them_or_are_slower() -> None:
 
 def test_what_is_counted_of_answers() -> None:
     slo = Slo(ttft=0.3, itl=0.2)
-    answers = [Answer(times=[0.1, 0.2, 0.4], prompt=7), Answer(times=[0.2, 0.5], prompt=5), Answer(times=())]
+    answers = [
+        Answer(times=[0.1, 0.2, 0.4], tokens=3, prompt=7),
+        Answer(times=[0.2, 0.5], tokens=2, prompt=5),
+        Answer(times=()),
+    ]
     row = summarize(answers, seconds=2.0, slo=slo)
     assert (row["requests"], row["refused"], row["goodput"]) == (3, 1, 0.5)
     assert row["attained"] == pytest.approx(1 / 3)
@@ -167,3 +176,80 @@ def test_the_published_traces_can_be_read(name: str, count: int) -> None:
     jobs = read_trace(TRACES / name)
     assert len(jobs) == pytest.approx(count, abs=5)
     assert 3000 < jobs[-1].at < 4000
+
+
+class Pending:
+    """What a device call gives: zeros, once its time has come."""
+
+    def __init__(self, end: float, shape: tuple[int, ...]):
+        self._end, self._shape = end, shape
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        time.sleep(max(self._end - time.monotonic(), 0))
+        return np.zeros(self._shape, np.int32)
+
+
+class TimedDevice:
+    """A device that takes what a table says for each call, one after another, while the host goes on."""
+
+    slots = 8
+
+    def __init__(self, table: LatencyTable):
+        self._table = table
+        self._busy = 0.0
+
+    def _run(self, seconds: float, shape: tuple[int, ...]) -> Pending:
+        self._busy = max(self._busy, time.monotonic()) + seconds
+        return Pending(self._busy, shape)
+
+    def prefill(self, tokens: Any, *, start: int, bucket: int, level: int, **_: Any) -> Any:
+        return self._run(float(self._table.at(0, start)[level, 1 + BUCKETS.index(bucket)]), ())
+
+    def decode(self, active: np.ndarray) -> Any:
+        return self._run(float(self._table.at(active.sum(), 1)[0, 0]), (self.slots,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["slo", "chunk-64"])
+def test_the_simulator_agrees_with_the_engine_on_a_device_that_keeps_to_the_table(policy: str) -> None:
+    table = linear_table().scaled(2.0)
+    rng = np.random.default_rng(1)
+    jobs = [Job(at=0.2 * i, prompt=int(rng.integers(20, 600)), output=int(rng.integers(5, 50))) for i in range(60)]
+    slo = Slo(itl=0.06, ttft=2.0)
+
+    def make() -> SlotScheduler:
+        timing = Timing(table=table)
+        return make_scheduler(policy, buckets=BUCKETS, slots=8, stall_tokens=16, timing=timing)
+
+    answers, seconds = simulate(make(), table, jobs, slo=slo)
+    simulated = summarize(answers, seconds=seconds, slo=slo)
+    seen: dict[str, list[float]] = {str(i): [] for i in range(len(jobs))}
+    left = threading.Semaphore(0)
+
+    def deliver(outputs: list[tuple[Request, Output]]) -> None:
+        now = time.monotonic()
+        for request, output in outputs:
+            seen[request.id] += [now - request.arrival] * output.tokens
+            if output.finish_reason is not None:
+                left.release()
+
+    engine = Engine(
+        TimedDevice(table), make(), decode=lambda ids: " ".join(map(str, ids)), deliver=deliver,
+        metrics=Metrics("timed"), context=1000,
+    )  # fmt: skip
+    engine.start()
+    begin = time.monotonic()
+    for i, job in enumerate(jobs):
+        time.sleep(max(begin + job.at - time.monotonic(), 0))
+        engine.submit(
+            Request(id=str(i), prompt=(1,) * job.prompt, params=SamplingParams(max_tokens=job.output), slo=slo)
+        )
+    for _ in jobs:
+        assert left.acquire(timeout=60)
+    seconds = time.monotonic() - begin
+    assert engine.stop(timeout=20)
+    answers = [Answer(times=times, tokens=len(times)) for times in seen.values()]
+    real = summarize(answers, seconds=seconds, slo=slo)
+    assert real["itl_ms"]["p50"] == pytest.approx(simulated["itl_ms"]["p50"], rel=0.1)
+    assert real["itl_ms"]["p99"] == pytest.approx(simulated["itl_ms"]["p99"], rel=0.1)
+    assert real["ttft_ms"]["mean"] == pytest.approx(simulated["ttft_ms"]["mean"], rel=0.15)

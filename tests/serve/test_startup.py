@@ -1,5 +1,6 @@
 """What the server makes of a model at load, and what a start shows."""
 
+import dataclasses
 import io
 import json
 import time
@@ -18,9 +19,11 @@ from transformers import PreTrainedTokenizerFast
 
 from pallas_kernels.int4_matmul import Gate
 from serve.bench import BenchConfig, bench
-from serve.config import ServeConfig
+from serve.config import SchedulerConfig, ServeConfig
 from serve.cpu import cpu_logits
-from serve.startup import Phases, prepare, recovers
+from serve.latency import load_profile
+from serve.profile import correction_scores, profile
+from serve.startup import Phases, prepare, recovers, table_path
 from spear_jax.checkpoint import load_checkpoint, save_checkpoint
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.quantize import quantize_model, quantize_tables
@@ -95,14 +98,20 @@ def test_a_start_shows_what_is_being_compiled_and_logs_each_phase(caplog: pytest
     assert [record.message.split(":")[0] for record in caplog.records] == ["compile"]
 
 
-@pytest.mark.timeout(300)
-def test_what_calibration_wrote_is_served(tmp_path: Path, launch_server: Callable[..., Any]) -> None:
+def write_tiny(folder: Path) -> tuple[Decoder, PreTrainedTokenizerFast]:
+    """Write what a calibration of a tiny model would."""
     vocab = {"<unk>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, 96)}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
     model = compensated_model()
-    save_checkpoint(tmp_path / "out" / "checkpoint", model, tokenizer, name="tiny")
+    save_checkpoint(folder / "checkpoint", model, tokenizer, name="tiny")
+    return model, tokenizer
+
+
+@pytest.mark.timeout(300)
+def test_what_calibration_wrote_is_served(tmp_path: Path, launch_server: Callable[..., Any]) -> None:
+    model, tokenizer = write_tiny(tmp_path / "out")
     server = launch_server("--model", str(tmp_path / "out"), "--max-context", "64", "--compilation-cache", "none")
     server.wait_for_log("ready: ", seconds=200)
     assert "with error compensators of" in "".join(server.log)
@@ -124,3 +133,49 @@ def test_what_calibration_wrote_is_served(tmp_path: Path, launch_server: Callabl
 def test_the_bench_says_in_one_line_that_there_is_no_server() -> None:
     with pytest.raises(ValueError, match=r"http://127\.0\.0\.1:1: "):
         bench(BenchConfig(url="http://127.0.0.1:1"))
+
+
+def test_a_profile_lies_beside_its_checkpoint_and_limits_are_kept_by_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny(tmp_path / "out")
+    limits = SchedulerConfig(itl_slo_ms=10_000.0, admission="refuse", compensator_sets=4)
+    serve = ServeConfig(
+        model=str(tmp_path / "out"), max_context=96, prefill_buckets=(8, 16), max_slots=2, scheduler=limits
+    )
+    load = BenchConfig(serve=serve, load="poisson", rates=(30.0,), requests=6, prompt_tokens=20, tokens=5)
+    with pytest.raises(FileNotFoundError, match="serve profile"):
+        bench(load)
+    profile(serve)
+    path = table_path(serve)
+    assert path is not None
+    assert path.parent == tmp_path / "out"
+    measured = load_profile(path)
+    assert set(measured.kept[0]) == {"qkv", "down"}
+    assert [len(names) for names in measured.kept] == [2, 1, 0]
+    assert measured.table.seconds.shape == (3, 3, 3, 3)
+    assert measured.table.seconds[:, 1:].min() > 0
+    capsys.readouterr()
+    bench(load)
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert (result["requests"], result["refused"], result["attained"]) == (6, 0, 1.0)
+    assert result["output_tokens_per_second"] == pytest.approx(30 / result["seconds"])
+    hurried = dataclasses.replace(
+        load, serve=dataclasses.replace(serve, scheduler=dataclasses.replace(limits, itl_slo_ms=1e-3))
+    )
+    with pytest.raises(ValueError, match="none of 6 requests was answered"):
+        bench(hurried)
+    with pytest.raises(ValueError, match="slots 2, now 3"):
+        bench(dataclasses.replace(load, serve=dataclasses.replace(serve, max_slots=3)))
+
+
+def test_the_size_of_a_correction_is_that_of_its_product() -> None:
+    banks = compensated_model().compensators
+    expected = {}
+    for name, bank in banks.items():
+        ones = [bank.at(i) for i in range(3)]
+        products = [
+            (one.bt * one.bt_scale[:, None]).T @ (one.a * one.a_scale[:, None]) for one in ones if one is not None
+        ]
+        expected[name] = sum(float(jnp.linalg.norm(product)) for product in products)
+    assert correction_scores(banks) == pytest.approx(expected, rel=1e-5)
