@@ -17,7 +17,7 @@ import tokenizers
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from pallas_kernels.int4_matmul import Gate
+from pallas_kernels.int4_matmul import Compensator, Gate
 from serve.bench import BenchConfig, bench
 from serve.config import SchedulerConfig, ServeConfig
 from serve.cpu import cpu_logits
@@ -170,12 +170,11 @@ def test_a_profile_lies_beside_its_checkpoint_and_limits_are_kept_by_it(
 
 
 def test_the_size_of_a_correction_is_that_of_its_product() -> None:
+    def product(one: Compensator) -> np.ndarray:
+        a, bt, a_scale, bt_scale = (np.asarray(x, np.float64) for x in (one.a, one.bt, one.a_scale, one.bt_scale))
+        return (bt * bt_scale[:, None]).T @ (a * a_scale[:, None])
+
     banks = compensated_model().compensators
-    expected = {}
-    for name, bank in banks.items():
-        ones = [bank.at(i) for i in range(3)]
-        products = [
-            (one.bt * one.bt_scale[:, None]).T @ (one.a * one.a_scale[:, None]) for one in ones if one is not None
-        ]
-        expected[name] = sum(float(jnp.linalg.norm(product)) for product in products)
+    ones = {name: [one for i in range(3) if (one := bank.at(i)) is not None] for name, bank in banks.items()}
+    expected = {name: sum(np.linalg.norm(product(one)) for one in some) for name, some in ones.items()}
     assert correction_scores(banks) == pytest.approx(expected, rel=1e-5)
