@@ -254,7 +254,10 @@ class Gateway:
         made = []
         for prompt, answer in itertools.product(prompts, range(body.answers)):
             params = body.sampling(
-                room=model.context - len(prompt), eos_ids=model.eos_ids, fallback_seed=secrets.randbits(63)
+                room=model.context - len(prompt),
+                eos_ids=model.eos_ids,
+                fallback_seed=secrets.randbits(63),
+                vocab_size=model.vocab_size,
             )
             if answer:
                 params = dataclasses.replace(params, seed=(params.seed + answer + 2**63) % 2**64 - 2**63)

@@ -39,12 +39,19 @@ class EngineDeadError(RuntimeError):
     """Raised at admission once the engine thread has failed."""
 
 
+MAX_BIASES = 64
+"""Tokens that one request may have in its `logit_bias`: so many are kept for each slot."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one request are chosen and when it ends.
 
-    The filters apply in the order temperature, `min_p`, `top_k`, `top_p`; `temperature` 0 is greedy and ignores them,
-    `top_k` 0 keeps all. The same `seed` and prompt give the same tokens whatever else is being served.
+    Logits are changed first: those of tokens in prompt or answer by `repetition_penalty` (divided where positive, else
+    multiplied), those of tokens in the answer by `frequency_penalty` for each time and `presence_penalty` once, and
+    `logit_bias` is added. Then the filters apply in the order temperature, `min_p`, `top_k`, `top_p`; `temperature` 0
+    is greedy and ignores them, `top_k` 0 keeps all. The same `seed` and prompt give the same tokens whatever else is
+    being served.
 
     Raises:
         BadParameterError: A value lies outside its range; names the OpenAI field.
@@ -56,6 +63,10 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
 
@@ -64,10 +75,25 @@ class SamplingParams:
         check_range("top_p", self.top_p, low=0.0, high=1.0, open_low=True)
         check_range("min_p", self.min_p, low=0.0, high=1.0)
         check_range("top_k", self.top_k, low=0, high=2**31 - 1)
+        check_range("presence_penalty", self.presence_penalty, low=-2.0, high=2.0)
+        check_range("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0)
+        check_range("repetition_penalty", self.repetition_penalty, low=0.0, high=10.0, open_low=True)
+        for _, bias in self.logit_bias:
+            check_range("logit_bias", bias, low=-100.0, high=100.0)
+        if len(self.logit_bias) > MAX_BIASES:
+            raise BadParameterError(
+                f"logit_bias holds {len(self.logit_bias)} tokens, at most {MAX_BIASES} are taken", param="logit_bias"
+            )
         check_range("max_tokens", self.max_tokens, low=1, high=2**31 - 1)
         check_range("seed", self.seed, low=-(2**63), high=2**63 - 1)
         if not all(self.stop):
             raise BadParameterError("stop must not hold an empty string", param="stop")
+
+    @property
+    def plain(self) -> bool:
+        """Whether each token is the likeliest by the model's own logits."""
+        unchanged = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) == (0, 0, 1)
+        return self.temperature == 0 and unchanged and not self.logit_bias
 
 
 def check_range(param: str, value: float, *, low: float, high: float, open_low: bool = False) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Int
 
 from serve.cache import Cache, KVCache, allocate, batch_attend, last_position, slot_attend
 from serve.request import SamplingParams
-from serve.sampling import SamplingState, likeliest, sample
+from serve.sampling import SamplingState, likeliest, sample, with_prompt
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.quantize import weight_bytes
 
@@ -26,13 +26,15 @@ type Logits = Callable[[Decoder, Array], Array]
 class DeviceState:
     """What a step reads and replaces, donated each time.
 
-    `token` [S] is the last token of each slot, not yet in the cache; `length` [S] counts those that are.
+    `token` [S] is the last token of each slot, not yet in the cache; `length` [S] counts those that are; `history`
+    [S, V] is what penalties go by.
     """
 
     cache: Cache | tuple[Cache, ...]
     token: Any
     length: Any
     sampling: SamplingState
+    history: Any
 
 
 class Runner:
@@ -42,7 +44,7 @@ class Runner:
     call would cost more Python than the rest of a step. A lone request decodes in a program of its own that reads one
     slot; otherwise all S slots run, so what a request gets does not depend on which others are there.
 
-    With `greedy_program` steps without random sampling run in a program that has no branch for it: on a GPU launches
+    With `greedy_program` steps in which all are greedy run in a program that has no branch for it: on a GPU launches
     follow one another without the host waiting for the device's choice. `steps_per_call` steps of decoding run in one
     program, for measuring: what they give but the last is lost.
 
@@ -76,7 +78,7 @@ class Runner:
         self._decode_all = compiled(_repeated(decode_step, steps_per_call))
         self._decode_greedy = compiled(_repeated(greedy_step, steps_per_call)) if greedy_program else None
         self._decode_one = compiled(_decode_one) if lone_program and slots > 1 else None
-        self._random = np.zeros(slots, bool)
+        self._special = np.zeros(slots, bool)
         self._active = np.ones(slots, bool), jax.device_put(np.ones(slots, bool))
         self._lighter = [self._with_compensators(model, names, logits, compiler_options) for names in kept[1:]]
 
@@ -111,7 +113,7 @@ class Runner:
         level: int = 0,
     ) -> Int[Array, ""]:
         """Run `tokens` of a prompt from position `start` in a slot; with `last`, the result is the first new token."""
-        self._random[slot] = params.temperature > 0
+        self._special[slot] = not params.plain
         arguments = self._prefill_arguments(tokens, slot=slot, start=start, bucket=bucket, last=last, params=params)
         program, leaves = self._lighter[level - 1] if level else (self._prefill, self._leaves)
         token, self._state = program(leaves, self._state, *arguments)
@@ -143,8 +145,8 @@ class Runner:
             # Kept: with arguments that stay where they are XLA need not change its CUDA graphs.
             active = active.copy()
             self._active = active, jax.device_put(active)
-        draws = (self._random & active).any()
-        program = self._decode_all if draws or self._decode_greedy is None else self._decode_greedy
+        special = (self._special & active).any()
+        program = self._decode_all if special or self._decode_greedy is None else self._decode_greedy
         token, self._state = program(self._leaves, self._state, self._active[1])
         return token
 
@@ -198,6 +200,7 @@ def empty_state(model: Decoder, *, slots: int, context: int, padding: int) -> De
         token=jnp.zeros(slots, jnp.int32),
         length=jnp.zeros(slots, jnp.int32),
         sampling=jax.tree.map(jnp.asarray, SamplingState.of([greedy] * slots)),
+        history=jnp.zeros((slots, model.config.vocab_size), jnp.int32),
     )
 
 
@@ -240,10 +243,11 @@ def prefill_step(
     positions = (start + jnp.arange(tokens.shape[1], dtype=jnp.int32))[None]
     hidden, cache = model(tokens, positions, attend=slot_attend(slot, positions), cache=state.cache)
     end = start + length
+    history = with_prompt(state.history[slot], tokens[0], length, first=start == 0)
 
     def first_token() -> Int[Array, "1"]:
         final = jax.lax.dynamic_index_in_dim(hidden, length - 1, axis=1, keepdims=False)
-        return sample(logits(model, final), params, end[None])
+        return sample(logits(model, final), params, end[None], history[None])
 
     token = jax.lax.cond(last > 0, first_token, lambda: jnp.zeros(1, jnp.int32))
     return token[0], DeviceState(
@@ -251,6 +255,7 @@ def prefill_step(
         token=state.token.at[slot].set(token[0]),
         length=state.length.at[slot].set(end),
         sampling=jax.tree.map(lambda old, new: old.at[slot].set(new[0]), state.sampling, params),
+        history=state.history.at[slot].set(history.at[token[0]].add(last)),
     )
 
 
@@ -258,14 +263,18 @@ def decode_step(
     model: Decoder, logits: Logits, state: DeviceState, active: Bool[Array, " S"]
 ) -> tuple[Int[Array, " S"], DeviceState]:
     """Give each active slot its next token; other entries mean nothing."""
-    sampling = _active_only(state.sampling, active)
-    return _step(model, logits, state, active, lambda logits, position: sample(logits, sampling, position))
+    sampling = state.sampling.active_only(active)
+    token, state = _step(
+        model, logits, state, active, lambda logits, position: sample(logits, sampling, position, state.history)
+    )
+    counted = state.history.at[jnp.arange(active.shape[0]), token].add(active.astype(jnp.int32))
+    return token, dataclasses.replace(state, history=counted)
 
 
 def greedy_step(
     model: Decoder, logits: Logits, state: DeviceState, active: Bool[Array, " S"]
 ) -> tuple[Int[Array, " S"], DeviceState]:
-    """Give what `decode_step` does where no active slot draws at random."""
+    """Give what `decode_step` does where no active slot draws at random or has its logits changed."""
     return _step(model, logits, state, active, lambda logits, _: likeliest(logits))
 
 
@@ -298,11 +307,6 @@ def _repeated(step: Callable[..., tuple[Array, DeviceState]], count: int) -> Cal
     return steps
 
 
-def _active_only(sampling: SamplingState, active: Bool[Array, " S"]) -> SamplingState:
-    """Make idle slots greedy, so that what they last asked for costs nothing."""
-    return dataclasses.replace(sampling, temperature=jnp.where(active, sampling.temperature, 0.0))
-
-
 def _decode_one(
     model: Decoder, logits: Logits, state: DeviceState, slot: Int[Array, ""]
 ) -> tuple[Int[Array, " S"], DeviceState]:
@@ -310,5 +314,11 @@ def _decode_one(
     where = position[:, None]
     hidden, cache = model(state.token[slot][None, None], where, attend=slot_attend(slot, where), cache=state.cache)
     params = jax.tree.map(lambda leaf: leaf[slot][None], state.sampling)
-    token = state.token.at[slot].set(sample(logits(model, hidden[:, 0]), params, position + 1)[0])
-    return token, dataclasses.replace(state, cache=cache, token=token, length=state.length.at[slot].add(1))
+    drawn = sample(logits(model, hidden[:, 0]), params, position + 1, state.history[slot][None])[0]
+    return state.token.at[slot].set(drawn), dataclasses.replace(
+        state,
+        cache=cache,
+        token=state.token.at[slot].set(drawn),
+        length=state.length.at[slot].add(1),
+        history=state.history.at[slot, drawn].add(1),
+    )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from serve.request import SamplingParams
+from serve.request import MAX_BIASES, SamplingParams
 
 _BLOCK = 256
 """Vocabulary entries summed at once when drawing: two short cumulative sums instead of one long one."""
@@ -18,12 +18,21 @@ _ONE_BITS = 0x3F800000
 """float32 1.0 as an integer; the bits of floats in [0, 1] rise with their value and can be bisected."""
 
 
+_PROMPT = 1 << 24
+"""What a history holds of a token in the prompt; below are the times it was generated."""
+
+_NO_TOKEN = 2**31 - 1
+"""Token of a bias that is not there: beyond any vocabulary, and dropped."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingState:
     """Sampling parameters of B slots: float32 `temperature`, `top_p`, `min_p`, int32 `top_k`, uint32 `seed` [B, 2].
 
-    `temperature` 0 is greedy, `top_k` 0 keeps all. `seed` is the raw threefry key (high word, low word).
+    `temperature` 0 is greedy, `top_k` 0 keeps all. `seed` is the raw threefry key (high word, low word). float32
+    `presence`, `frequency` and `repetition` [B] are penalties; `bias` [B, MAX_BIASES] is added to the logits of
+    `bias_token`.
     """
 
     temperature: Any
@@ -31,6 +40,11 @@ class SamplingState:
     min_p: Any
     top_k: Any
     seed: Any
+    presence: Any
+    frequency: Any
+    repetition: Any
+    bias_token: Any
+    bias: Any
 
     @classmethod
     def of(cls, requests: Sequence[SamplingParams]) -> "SamplingState":
@@ -39,6 +53,9 @@ class SamplingState:
         def column(name: str, dtype: type) -> np.ndarray:
             return np.array([getattr(request, name) for request in requests], dtype)
 
+        biases = [
+            (*request.logit_bias, *[(_NO_TOKEN, 0.0)] * (MAX_BIASES - len(request.logit_bias))) for request in requests
+        ]
         words = [(request.seed >> 32 & 0xFFFFFFFF, request.seed & 0xFFFFFFFF) for request in requests]
         return cls(
             temperature=column("temperature", np.float32),
@@ -46,6 +63,22 @@ class SamplingState:
             min_p=column("min_p", np.float32),
             top_k=column("top_k", np.int32),
             seed=np.array(words, np.uint32).reshape(-1, 2),
+            presence=column("presence_penalty", np.float32),
+            frequency=column("frequency_penalty", np.float32),
+            repetition=column("repetition_penalty", np.float32),
+            bias_token=np.array([[token for token, _ in row] for row in biases], np.int32),
+            bias=np.array([[bias for _, bias in row] for row in biases], np.float32),
+        )
+
+    def active_only(self, active: Bool[Array, " B"]) -> "SamplingState":
+        """Make idle slots greedy and their logits the model's, so that what they last asked for costs nothing."""
+        return dataclasses.replace(
+            self,
+            temperature=jnp.where(active, self.temperature, 0.0),
+            presence=jnp.where(active, self.presence, 0.0),
+            frequency=jnp.where(active, self.frequency, 0.0),
+            repetition=jnp.where(active, self.repetition, 1.0),
+            bias=jnp.where(active[:, None], self.bias, 0.0),
         )
 
 
@@ -54,13 +87,44 @@ def likeliest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def sample(logits: Float[Array, "B V"], state: SamplingState, position: Int[Array, " B"]) -> Int[Array, " B"]:
+def with_prompt(
+    history: Int[Array, " V"], tokens: Int[Array, " T"], length: Int[Array, ""], *, first: Bool[Array, ""]
+) -> Int[Array, " V"]:
+    """Note the first `length` of a prompt's tokens in the history of a slot; with `first` it begins anew."""
+    known = jnp.where(jnp.arange(tokens.shape[0]) < length, tokens, _NO_TOKEN)
+    return jnp.where(first, 0, history).at[known].max(_PROMPT, mode="drop")
+
+
+def changed_logits(
+    logits: Float[Array, "B V"], state: SamplingState, history: Int[Array, "B V"]
+) -> Float[Array, "B V"]:
+    """Apply penalties and biases; a history counts how often each token was generated, and knows those of the prompt.
+
+    Skipped where no row has any.
+    """
+    penalties = (state.presence != 0) | (state.frequency != 0) | (state.repetition != 1)
+
+    def change(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        count = (history & (_PROMPT - 1)).astype(jnp.float32)
+        repetition = jnp.where(history > 0, state.repetition[:, None], 1.0)
+        logits = jnp.where(logits > 0, logits / repetition, logits * repetition)
+        logits -= count * state.frequency[:, None] + jnp.where(count > 0, state.presence[:, None], 0.0)
+        rows = jnp.arange(logits.shape[0])[:, None]
+        return logits.at[rows, state.bias_token].add(state.bias, mode="drop")
+
+    return jax.lax.cond(jnp.any(penalties) | jnp.any(state.bias != 0), change, lambda same: same, logits)
+
+
+def sample(
+    logits: Float[Array, "B V"], state: SamplingState, position: Int[Array, " B"], history: Int[Array, "B V"]
+) -> Int[Array, " B"]:
     """Choose one token a row.
 
-    A row's choice depends on its logits, parameters, seed and position alone. The random parts are skipped when all
-    rows are greedy, and each filter when no row uses it.
+    A row's choice depends on its logits, parameters, seed, position and history alone. The random parts are skipped
+    when all rows are greedy, and each filter when no row uses it.
     """
     with jax.named_scope("sample"):
+        logits = changed_logits(logits.astype(jnp.float32), state, history)
         greedy = likeliest(logits)
         random = state.temperature > 0
 

@@ -46,10 +46,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
     "echo": (None, False),
     "suffix": (None, ""),
-    "logit_bias": (None, {}),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
     "modalities": (None, ["text"]),
     "audio": (None,),
     "prediction": (None,),
@@ -84,6 +80,10 @@ class CommonBody(BaseModel):
     top_k: Annotated[int, Field(strict=True)] | None = None
     min_p: Number | None = None
     seed: Annotated[int, Field(strict=True)] | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    repetition_penalty: Number | None = None
+    logit_bias: dict[str, Number] | None = None
     n: Annotated[int, Field(strict=True)] | None = None
     stop: StopString | list[StopString] | None = None
     stop_token_ids: list[TokenId] | None = None
@@ -151,7 +151,24 @@ class CommonBody(BaseModel):
             tpot=default.tpot if tpot is None else tpot,
         )
 
-    def sampling(self, *, room: int, eos_ids: tuple[int, ...], fallback_seed: int) -> SamplingParams:
+    def biases(self, *, vocab_size: int) -> tuple[tuple[int, float], ...]:
+        """Give what is to be added to the logits of tokens.
+
+        Raises:
+            BadParameterError: A key is no token of the vocabulary.
+        """
+        found = []
+        for text, bias in (self.logit_bias or {}).items():
+            token = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else -1
+            if not 0 <= token < vocab_size:
+                raise BadParameterError(
+                    f"logit_bias has the key {text!r}; the vocabulary has tokens 0 to {vocab_size - 1}",
+                    param="logit_bias",
+                )
+            found.append((token, bias))
+        return tuple(found)
+
+    def sampling(self, *, room: int, eos_ids: tuple[int, ...], fallback_seed: int, vocab_size: int) -> SamplingParams:
         """Give the engine's parameters for an answer that may have `room` tokens at most.
 
         Raises:
@@ -168,6 +185,10 @@ class CommonBody(BaseModel):
             top_p=1.0 if self.top_p is None else self.top_p,
             min_p=0.0 if self.min_p is None else self.min_p,
             seed=fallback_seed if self.seed is None else self.seed,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            logit_bias=self.biases(vocab_size=vocab_size),
             stop=self.stops,
             stop_token_ids=frozenset(() if self.ignore_eos else eos_ids) | frozenset(self.stop_token_ids or ()),
         )

@@ -208,6 +208,32 @@ def test_steps_that_draw_nothing_take_the_greedy_program(monkeypatch: pytest.Mon
     assert used[-1] == "_decode_greedy"
 
 
+@pytest.mark.parametrize("beside", [(), (0, 2)])
+def test_penalties_and_biases_go_by_the_prompt_and_the_answer_so_far(beside: tuple[int, ...]) -> None:
+    runner, model, prompt = runner_of("undecided", "cpu"), model_of("undecided"), prompt_of(21, seed=5)
+    params = SamplingParams(
+        max_tokens=1, temperature=0.0, frequency_penalty=0.6, presence_penalty=0.2, repetition_penalty=1.3,
+        logit_bias=((7, 0.8), (95, -100.0)),
+    )  # fmt: skip
+    start(runner, 1, prompt_of(30, seed=6), params)  # what it leaves must not count
+    tokens = [start(runner, 1, prompt, params)]
+    active = np.isin(np.arange(runner.slots), (1, *beside))
+    tokens += [int(np.asarray(runner.decode(active))[1]) for _ in range(9)]
+    expected: list[int] = []
+    for _ in range(10):
+        hidden, _ = model(jnp.asarray([prompt + expected], jnp.int32))
+        logits = np.asarray(model.logits(hidden[0, -1]), np.float64)
+        for token in set(prompt + expected):
+            logits[token] *= 1 / 1.3 if logits[token] > 0 else 1.3
+        for token in set(expected):
+            logits[token] -= 0.2 + 0.6 * expected.count(token)
+        logits[7] += 0.8
+        logits[95] -= 100
+        expected.append(int(logits.argmax()))
+    assert tokens == expected
+    assert len(set(tokens)) > 5
+
+
 @pytest.mark.parametrize("rows", [1, 2, 16, 17])
 def test_forms_of_a_dense_product_agree(rows: int) -> None:
     rng = np.random.default_rng(rows)

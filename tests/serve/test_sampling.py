@@ -1,5 +1,6 @@
 """The sampler keeps what the definitions keep, draws in proportion, and does not look at its neighbours."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,12 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.request import BadParameterError, SamplingParams
-from serve.sampling import SamplingState, filtered_weights, sample
+from serve.request import MAX_BIASES, BadParameterError, SamplingParams
+from serve.sampling import SamplingState, changed_logits, filtered_weights, sample, with_prompt
 
 VOCAB = 300
-_sample = jax.jit(sample)
+_sample_jitted = jax.jit(sample)
 _filtered = jax.jit(filtered_weights)
+_changed = jax.jit(changed_logits)
+
+
+def _sample(logits: Any, state: SamplingState, position: Any, history: Any = None) -> jax.Array:
+    return _sample_jitted(logits, state, position, np.zeros(logits.shape, np.int32) if history is None else history)
 
 
 def params(**values: Any) -> SamplingParams:
@@ -58,7 +64,8 @@ def test_draws_follow_the_weights(vocab: int) -> None:
     logits = np.random.default_rng(0).normal(scale=1.5, size=vocab).astype(np.float32)
     count = 20_000
     state = SamplingState.of([params(seed=3, top_p=0.8)])
-    draw = jax.jit(jax.vmap(lambda position: sample(jnp.asarray(logits)[None], state, position[None])[0]))
+    none = jnp.zeros((1, vocab), jnp.int32)
+    draw = jax.jit(jax.vmap(lambda position: sample(jnp.asarray(logits)[None], state, position[None], none)[0]))
     frequency = np.bincount(np.asarray(draw(jnp.arange(count))), minlength=vocab) / count
     expected = reference(logits, params(top_p=0.8))
     expected /= expected.sum()
@@ -107,9 +114,56 @@ def test_extreme_logits_give_a_token() -> None:
         assert second in (3, 4)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    presence=st.sampled_from([0.0, -2.0, 0.7]),
+    frequency=st.sampled_from([0.0, -0.5, 2.0]),
+    repetition=st.sampled_from([1.0, 0.5, 1.3]),
+    biased=st.sampled_from([0, 1, MAX_BIASES]),
+)
+def test_penalties_and_biases(seed: int, presence: float, frequency: float, repetition: float, biased: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(scale=3, size=(2, VOCAB)).astype(np.float32)
+    prompt, answer = rng.integers(0, VOCAB, 40), rng.integers(0, VOCAB, 60)
+    biases = {int(token): float(rng.uniform(-100, 100)) for token in rng.choice(VOCAB, biased, replace=False)}
+    p = params(
+        presence_penalty=presence, frequency_penalty=frequency, repetition_penalty=repetition,
+        logit_bias=tuple(biases.items()),
+    )  # fmt: skip
+    history = np.array(with_prompt(np.full(VOCAB, 5, np.int32), prompt.astype(np.int32), 30, first=np.bool_(True)))
+    np.add.at(history, answer, 1)
+    changed = _changed(logits, SamplingState.of([params(), p]), np.stack([history, history]))
+    np.testing.assert_array_equal(changed[0], logits[0])
+    expected = logits[1].astype(np.float64)
+    for token in {*prompt[:30].tolist(), *answer.tolist()}:
+        expected[token] *= 1 / repetition if expected[token] > 0 else repetition
+    for token in set(answer.tolist()):
+        expected[token] -= presence + frequency * (answer == token).sum()
+    for token, bias in biases.items():
+        expected[token] += bias
+    np.testing.assert_allclose(changed[1], expected, rtol=1e-5, atol=1e-5)
+    greedy = SamplingState.of([params(temperature=0.0), dataclasses.replace(p, temperature=0.0)])
+    chosen = _sample(logits, greedy, np.zeros(2, np.int32), np.stack([history, history]))
+    assert chosen.tolist() == [logits[0].argmax(), expected.argmax()]
+
+
+def test_idle_slots_ask_for_nothing() -> None:
+    wild = params(presence_penalty=1.0, frequency_penalty=1.0, repetition_penalty=2.0, logit_bias=((3, 50.0),))
+    state = SamplingState.of([wild, wild]).active_only(jnp.array([True, False]))
+    history = np.ones((2, VOCAB), np.int32)
+    logits = np.random.default_rng(0).normal(size=(2, VOCAB)).astype(np.float32)
+    changed = _changed(logits, state, history)
+    assert not np.allclose(changed[0], logits[0])
+    np.testing.assert_array_equal(changed[1], logits[1])
+    assert float(state.temperature[1]) == 0
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", -0.1), ("temperature", 2.1), ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.5),
+    [("presence_penalty", 2.1), ("frequency_penalty", -2.1), ("repetition_penalty", 0.0), ("logit_bias", ((1, 101.0),)),
+     ("logit_bias", ((1, 0.0),) * 65), ("temperature", -0.1),
+     ("temperature", 2.1), ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.5),
      ("top_k", -2), ("min_p", 1.1), ("max_tokens", 0), ("seed", 2**63), ("stop", ("",))],
 )  # fmt: skip
 def test_bad_values_are_refused_by_name(name: str, value: object) -> None:

@@ -183,6 +183,11 @@ HELLO: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content
         (CHAT, HELLO | {"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
         (CHAT, HELLO | {"logprobs": True}, 400, "logprobs", "unsupported_parameter"),
         (CHAT, HELLO | {"stream_options": {"include_usage": True}}, 400, "stream_options", "invalid_value"),
+        (CHAT, HELLO | {"presence_penalty": 3}, 400, "presence_penalty", "invalid_value"),
+        (CHAT, HELLO | {"repetition_penalty": 0}, 400, "repetition_penalty", "invalid_value"),
+        (CHAT, HELLO | {"logit_bias": {"999999": 1}}, 400, "logit_bias", "invalid_value"),
+        (CHAT, HELLO | {"logit_bias": {"one": 1}}, 400, "logit_bias", "invalid_value"),
+        (CHAT, HELLO | {"logit_bias": {"1": 101}}, 400, "logit_bias", "invalid_value"),
         (CHAT, HELLO | {"x-slo-ttft-ms": 0}, 400, "x-slo-ttft-ms", "invalid_value"),
         (CHAT, HELLO | {"slo_tpot_ms": "fast"}, 400, None, "invalid_type"),
         (CHAT, HELLO | {"priority": 0.5}, 400, "priority", "invalid_type"),
@@ -218,6 +223,16 @@ def test_mistakes_have_openai_shape(
 def test_unknown_fields_and_harmless_values_pass(server: Any) -> None:
     body = HELLO | {"store": False, "metadata": {"a": "b"}, "tools": None, "frequency_penalty": 0, "logit_bias": {}}
     assert post(server, CHAT, json.dumps(body).encode())[0] == 200
+
+
+def test_a_bias_and_a_penalty_change_the_answer(client: openai.OpenAI) -> None:
+    def complete(**options: Any) -> str:
+        made = client.completions.create(model="demo", prompt=[9] * 8, max_tokens=12, temperature=0, **options)
+        return made.choices[0].text
+
+    assert complete(logit_bias={"42": 100}) == complete(logit_bias={"42": 100}, seed=3) != complete()
+    assert len(set(complete(logit_bias={"42": 100}))) <= 2
+    assert complete(frequency_penalty=2.0, presence_penalty=2.0) != complete()
 
 
 def test_limits_come_as_headers_or_in_the_body(server: Any) -> None:
