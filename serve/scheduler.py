@@ -124,10 +124,14 @@ def queue_order(
     arrival: Float[Either, " Q"],
     deadline: Float[Either, " Q"],
     work: Float[Either, " Q"],
+    begun: Bool[Either, " Q"],
     now: Any,
     aging: Any,
 ) -> Int[Either, " Q"]:
     """Order prompts by level, then least slack, then arrival; `work` is the seconds a prompt needs by itself.
+
+    Those that have `begun`, as they hold a slot, go by their deadlines instead: by slack, which they lose only while
+    they wait, they would take turns at every chunk, all to be through at their deadlines and not before.
 
     The level is the priority, one more for a deadline that cannot be met any more, so that a late one does not make the
     next late as well, and one less for every `aging` seconds of waiting, so that nothing waits for ever.
@@ -135,7 +139,7 @@ def queue_order(
     xp = arrival.__array_namespace__()
     slack = deadline - now - work
     level = priority + (slack < 0) - xp.floor((now - arrival) / aging)
-    return xp.lexsort((arrival, slack, level))
+    return xp.lexsort((arrival, xp.where(begun, deadline - now, slack), level))
 
 
 def drop_order(score: Float[Either, " M"], seconds: Float[Either, " M"]) -> Int[Either, " M"]:

@@ -162,7 +162,7 @@ class SlotScheduler:
             return 0.0
         share, table = self.timing.share, self._table
         alone = float(table.at(min(self.num_running + 1, self.num_slots), len(request.prompt))[0, 0])
-        if alone > share * min(request.slo.itl, request.slo.tpot):
+        if alone > share * self._limit_of(request):
             return self._mean_tokens * alone
         without, ahead = self._expected(now), self._expected(now, request)
         late = ahead[request] - share * request.slo.ttft
@@ -191,7 +191,7 @@ class SlotScheduler:
         """Say whether someone who decodes, or will once its prompt is through, has a limit on the time of tokens."""
         if self.timing is None:
             return False
-        coming = (min(self.slo[request].itl, self.slo[request].tpot) for request in self.prefilling)
+        coming = map(self._limit_of, self.prefilling)
         return bool(min(step_budget(self.running, now=now), *coming) < UNBOUNDED)
 
     @property
@@ -199,19 +199,27 @@ class SlotScheduler:
         assert self.timing is not None
         return self.timing.table.scaled(self.timing.drift.factor)
 
-    def _pace(self, now: float) -> float:
-        """Give the seconds that a prompt token takes with those who decode now; 0 without a table."""
+    def _pace(self, prompts: Sequence[Request], now: float) -> float:
+        """Give the seconds that a token of such prompts takes, half-way through them, beside those who decode now.
+
+        0 without a table.
+        """
         if self.timing is None:
             return 0.0
         table, running, sizes = self._table, self.running, self.timing.table.chunks
-        run = running.decoding
-        seconds = table.at(run.sum(), typical_context(table, running.context, run))[0]
+        run, start = running.decoding, sum(len(request.prompt) for request in prompts) / len(prompts) / 2
+        seconds = table.step(run.sum(), typical_context(table, running.context, run), start)[0]
         if (budget := step_budget(running, now=now)) < UNBOUNDED:
             column = np.searchsorted(seconds, self.timing.share * budget, side="right") - 1
         else:
             column = np.searchsorted(sizes, self.prompt_tokens_beside(run), side="right") - 1
         column = max(int(column), 1)
         return float(seconds[column] / sizes[column])
+
+    def _limit_of(self, request: Request) -> float:
+        """Give the seconds that a request allows between tokens, in one way or the other."""
+        slo = self.slo.get(request, request.slo)
+        return min(slo.itl, slo.tpot)
 
     def _ordered(self, requests: Iterable[Request], now: float) -> list[Request]:
         listed = list(requests)
@@ -222,7 +230,9 @@ class SlotScheduler:
             priority=np.array([r.priority for r in listed]),
             arrival=arrival,
             deadline=arrival + [self.slo.get(r, r.slo).ttft for r in listed],
-            work=self._pace(now) * np.array([len(r.prompt) - self.prefilling.get(r, (0, 0))[1] for r in listed]),
+            work=self._pace(listed, now)
+            * np.array([len(r.prompt) - self.prefilling.get(r, (0, 0))[1] for r in listed]),
+            begun=np.array([r in self.prefilling for r in listed]),
             now=now,
             aging=_AGING_SECONDS if self.timing is None else self.timing.aging,
         )
@@ -233,7 +243,7 @@ class SlotScheduler:
         if self.timing is None or not self.num_running:
             return True
         holders = [request, *self.prefilling, *self.decoding]
-        limit = min(min(slo.itl, slo.tpot) for slo in map(self.slo.__getitem__, holders))
+        limit = min(map(self._limit_of, holders))
         context = (len(request.prompt) + self.held_tokens) / len(holders)
         return limit == UNBOUNDED or bool(self._table.at(len(holders), context)[0, 0] <= self.timing.share * limit)
 
@@ -295,7 +305,7 @@ class SlotScheduler:
             if not chunk.last:
                 break
             # Its second token comes at the end of this iteration: so long after the first as what follows takes.
-            budget = min(budget, spent + share * min(self.slo[request].itl, self.slo[request].tpot))
+            budget = min(budget, spent + share * self._limit_of(request))
         return run, chunks
 
     def _decode_seconds(self, table: LatencyTable, run: Bool[np.ndarray, " S"], joined: int) -> float:
@@ -314,7 +324,7 @@ class SlotScheduler:
             start=done,
             joins=int(remaining <= self.buckets[-1]),
             droppable=request.droppable,
-            urgent=now < deadline < now + remaining * self._pace(now),
+            urgent=now < deadline < now + remaining * self._pace([request], now),
             now=now,
             share=self.timing.share,
         )
@@ -366,7 +376,7 @@ class SlotScheduler:
         ends = np.concatenate([ends, np.full(max(len(queue) - len(ends), 0), self._mean_tokens * step)])
         slot_free = np.concatenate([np.zeros(len(holding)), ends[: len(queue)]])
         tokens = np.array([len(r.prompt) - self.prefilling.get(r, (0, 0))[1] for r in everyone])
-        until = first_token_times(tokens, slot_free, pace=self._pace(now))
+        until = first_token_times(tokens, slot_free, pace=self._pace(everyone, now))
         return {r: now - r.arrival + float(t) for r, t in zip(everyone, until, strict=True)}
 
 

@@ -192,15 +192,16 @@ def test_the_policy_decides_alike_inside_a_jitted_program() -> None:
     assert {(0, 0), (1, 0), (1, 1), (2, 0)} <= seen
 
 
-def order(now: float, *rows: tuple[int, float, float, float]) -> list[int]:
+def order(now: float, *rows: tuple[int, float, float, float], begun: bool = False) -> list[int]:
     columns = zip(("priority", "arrival", "deadline", "work"), np.array(rows).T, strict=True)
-    return queue_order(**dict(columns), now=now, aging=10.0).tolist()
+    return queue_order(**dict(columns), begun=np.full(len(rows), begun), now=now, aging=10.0).tolist()
 
 
 def test_the_queue_goes_by_priority_slack_and_age() -> None:
     never = UNBOUNDED
     assert order(1.0, (0, 0.0, never, 0), (0, 0.5, 2.0, 0), (0, 0.6, 1.8, 0)) == [2, 1, 0]
     assert order(1.0, (0, 0.0, 2.0, 0.1), (0, 0.5, 2.1, 0.9)) == [1, 0]  # a long prompt has less slack
+    assert order(1.0, (0, 0.0, 2.0, 0.1), (0, 0.5, 2.1, 0.9), begun=True) == [0, 1]
     assert order(1.0, (1, 0.0, 1.5, 0), (0, 0.5, 9.0, 0)) == [1, 0]  # a lower priority goes first
     assert order(1.0, (0, 0.0, 0.9, 0), (0, 0.5, 9.0, 0)) == [1, 0]  # too late already: after those that can make it
     assert order(25.0, (2, 0.0, never, 0), (1, 24.0, 25.5, 0)) == [0, 1]  # two levels of age

@@ -139,7 +139,7 @@ def test_a_profile_lies_beside_its_checkpoint_and_limits_are_kept_by_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_tiny(tmp_path / "out")
-    limits = SchedulerConfig(itl_slo_ms=10_000.0, admission="refuse", compensator_sets=4)
+    limits = SchedulerConfig(itl_slo_ms=10_000.0, admission="refuse", compensator_sets=3)
     serve = ServeConfig(
         model=str(tmp_path / "out"), max_context=96, prefill_buckets=(8, 16), max_slots=2, scheduler=limits
     )
@@ -160,11 +160,6 @@ def test_a_profile_lies_beside_its_checkpoint_and_limits_are_kept_by_it(
     (result,) = json.loads(capsys.readouterr().out)["results"]
     assert (result["requests"], result["refused"], result["attained"]) == (6, 0, 1.0)
     assert result["output_tokens_per_second"] == pytest.approx(30 / result["seconds"])
-    hurried = dataclasses.replace(
-        load, serve=dataclasses.replace(serve, scheduler=dataclasses.replace(limits, itl_slo_ms=1e-3))
-    )
-    with pytest.raises(ValueError, match="none of 6 requests was answered"):
-        bench(hurried)
     with pytest.raises(ValueError, match="slots 2, now 3"):
         bench(dataclasses.replace(load, serve=dataclasses.replace(serve, max_slots=3)))
 
