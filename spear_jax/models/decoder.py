@@ -111,7 +111,7 @@ class Layer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], Any]:
         """Run the layer on `x + update`, and give its own result as such a pair, as `RMSNorm.of_sum` takes it.
 
-        On a GPU that spares an addition between layers its launch.
+        On a GPU or a TPU that spares an addition between layers its launch.
         """
         config, own = self.config, compensators or {}
 
@@ -124,7 +124,7 @@ class Layer(nnx.Module):
         def before(name: str) -> Compensator | None:
             """Give the compensator of a linear whose coordinates come with its input; else its product makes them."""
             compensator = own.get(name)
-            return None if compensator is None or compensator.a is None or platform() != "gpu" else compensator
+            return None if compensator is None or compensator.a is None or platform() == "cpu" else compensator
 
         def normed(update: Array, norm: RMSNorm | None) -> Array:
             return update if norm is None else norm(update)

@@ -69,5 +69,5 @@ class RMSNorm(nnx.Module):
         *,
         compensator: Compensator | None = None,
     ) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"], Float[Array, "*B R"] | None]:
-        """Give the norm of a sum, the sum, and a compensator's gated coordinates of the norm, in one go on a GPU."""
+        """Give the norm of a sum, the sum, and coordinates of the norm; on accelerators in one kernel."""
         return rmsnorm_project(residual, update, self.weight[...], eps=self.eps, compensator=compensator)
