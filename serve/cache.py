@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import dispatch
 from serve.paged_cache import PagedKVCache, suits_pages
 from spear_jax.config import ModelConfig
 from spear_jax.nn.attention import Index
@@ -78,12 +77,12 @@ def allocate(
 ) -> Cache | tuple[Cache, ...]:
     """Make an empty cache for `context` tokens a slot: one for all layers, or one for each where not `stacked`.
 
-    It is in pages for a Hopper GPU, where the model is one that the attention kernel can do. A padded prompt chunk may
+    It is in pages for a Hopper GPU or a TPU, where the model is one that the attention kernel can do. A padded prompt chunk may
     write `padding` positions past the context, and idle slots write to the very last position; neither is ever read,
     and neither may be moved back onto live keys as `dynamic_update_slice` would at the end.
     """
     length = context + padding + 1
-    in_pages = dispatch.is_hopper() and suits_pages(config, dtype)
+    in_pages = suits_pages(config, dtype)
 
     def zeros(layers: int | None) -> Cache:
         if in_pages:
