@@ -154,16 +154,16 @@ def _brief(settings: dict[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in settings.items())
 
 
-def write(folder: Path, entries: list[dict[str, Any]]) -> Path:
-    """Write entries into the device's file, in place of those of the same keys."""
-    file = folder / tuning.device_name() / "int4_matmul.json"
+def write(folder: Path, entries: list[dict[str, Any]], *, operation: str = "int4_matmul") -> Path:
+    """Write entries into the device's file of an operation, in place of those of the same keys."""
+    file = folder / tuning.device_name() / f"{operation}.json"
     old = json.loads(file.read_text(encoding="utf-8"))["entries"] if file.exists() else []
     new = [entry["key"] for entry in entries]
     table = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "command": "python -m pallas_kernels.tune " + " ".join(sys.argv[1:]),
+        "command": f"python -m pallas_kernels.{Path(sys.argv[0]).stem} " + " ".join(sys.argv[1:]),
         "entries": [entry for entry in old if entry["key"] not in new] + entries,
     }
     file.parent.mkdir(parents=True, exist_ok=True)

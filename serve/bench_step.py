@@ -6,6 +6,8 @@ All layers, head and sampling are one jitted program, as the server runs it; not
 import contextlib
 import dataclasses
 import datetime
+import functools
+import itertools
 import json
 import statistics
 import sys
@@ -22,10 +24,9 @@ from jaxtyping import Array
 from rich.console import Console
 from rich.table import Table
 
-from serve.gpu import command_buffer_options
+from serve.gpu import CommandBuffers, command_buffer_options
 from serve.layout import lay_out
-from serve.runner import Runner
-from serve.sampling import SamplingParams
+from serve.runner import DeviceState, Runner
 from spear_jax.cli import parse_flags, run_main
 from spear_jax.config import ModelConfig, load_yaml
 from spear_jax.models.decoder import MODULES, Decoder, weight_shapes
@@ -33,8 +34,8 @@ from spear_jax.models.quantize import weight_bytes
 from spear_jax.quant import CompensatorBank, QuantSpec, QuantTensor
 from spear_jax.versions import package_versions
 
-_CHUNK = 256
-"""Tokens of a prompt that are run at a time to fill the cache."""
+_WARM_UP = 3
+"""Calls before any is timed: the first runs without CUDA graphs, the second makes them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,11 +63,17 @@ class StepConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of activations."""
 
-    command_buffers: Literal["default", "whole", "none"] = "whole"
-    """How much of a step is one CUDA graph: as XLA has it, with the branches of sampling, or nothing."""
+    command_buffers: tuple[CommandBuffers, ...] = ("whole",)
+    """How much of a step is one CUDA graph: as XLA has it (`default`), with the branches of sampling, or nothing."""
 
-    steps: int = 50
-    """Steps timed together."""
+    sampling: Literal["greedy", "branch"] = "greedy"
+    """Whether the program only takes the likeliest tokens, or chooses in each step whether any are drawn at random."""
+
+    steps_per_call: tuple[int, ...] = (1,)
+    """Steps that one program does, in a loop on the device."""
+
+    steps: int = 48
+    """Steps timed together, a multiple of those of a call."""
 
     repeats: int = 5
     """Times that is done; the median counts."""
@@ -79,13 +86,17 @@ class StepConfig:
 
     def check(self) -> None:
         """Raise ValueError for a setting that cannot be run."""
-        for name in ("rows", "ranks"):
+        for name in ("rows", "ranks", "command_buffers", "steps_per_call"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: give at least one")
         for name, least in {"context": 1, "steps": 1, "repeats": 1, "layers": 1}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if any(each < 1 or self.steps % each for each in self.steps_per_call):
+            raise ValueError(
+                f"steps must be a multiple of each of steps_per_call, got {self.steps}, {self.steps_per_call}"
+            )
         if min(self.rows) < 1 or min(self.ranks) < 0:
             raise ValueError(f"rows must be at least 1 and ranks at least 0, got {self.rows} and {self.ranks}")
 
@@ -124,38 +135,52 @@ def _bank(key: Array, rank: int, layers: int, n: int, k: int) -> CompensatorBank
     return CompensatorBank((rank,) * layers, a, bt, a_scale=scale, bt_scale=scale)
 
 
-def time_steps(model: Decoder, config: StepConfig, *, rows: int, profile: Path | None) -> float:
-    """Give the median time of a decode step of `rows` sequences in milliseconds."""
-    room = config.context + config.steps * (config.repeats + 2) + _CHUNK
+@functools.partial(jax.jit, static_argnames=("context",), donate_argnums=0)
+def _filled(state: DeviceState, *, context: int) -> DeviceState:
+    """Give a state whose slots hold `context` tokens each, of random keys and values."""
+    leaves, tree = jax.tree.flatten(state.cache)
+    drawn = [jax.random.normal(jax.random.key(i), leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves)]
+    return dataclasses.replace(
+        state, cache=jax.tree.unflatten(tree, drawn), length=jnp.full_like(state.length, context)
+    )
+
+
+def time_steps(
+    model: Decoder, config: StepConfig, *, rows: int, buffers: CommandBuffers, per_call: int, profile: Path | None
+) -> dict[str, float]:
+    """Time a decode step of `rows` sequences, `per_call` of them in a program.
+
+    Medians in milliseconds: `ms` of a step, `host_ms` of the part in which the host starts it and does not wait.
+    """
     runner = Runner(
         model,
         slots=rows,
-        context=room,
-        buckets=[min(_CHUNK, config.context)],
+        context=config.context + config.steps * (config.repeats + 1) + _WARM_UP * per_call,
+        buckets=[1],
         lone_program=False,
-        compiler_options=command_buffer_options(config.command_buffers) if jax.default_backend() == "gpu" else None,
+        greedy_program=config.sampling == "greedy",
+        steps_per_call=per_call,
+        compiler_options=command_buffer_options(buffers) if jax.default_backend() == "gpu" else None,
     )
-    greedy = SamplingParams(max_tokens=1, temperature=0.0)
-    chunk = runner.buckets[-1]
-    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, config.context).tolist()
-    for slot in range(rows):
-        for start in range(0, config.context, chunk):
-            piece = tokens[start : start + chunk]
-            last = start + chunk >= config.context
-            runner.prefill(piece, slot=slot, start=start, bucket=chunk, last=last, params=greedy)
+    runner._state = _filled(runner._state, context=config.context)
     active = np.ones(rows, bool)
-    jax.block_until_ready(runner.decode(active))
+    for _ in range(_WARM_UP):
+        jax.block_until_ready(runner.decode(active))
     times = []
     for repeat in range(config.repeats + 1):
         trace = contextlib.nullcontext()
         if profile is not None and repeat == config.repeats:
             trace = jax.profiler.trace(str(profile))
         with trace:
-            begin = time.perf_counter()
-            jax.block_until_ready([runner.decode(active) for _ in range(config.steps)])
+            begin, token = time.perf_counter(), None
+            for _ in range(config.steps // per_call):
+                # None is kept but the last: memory is given out at the same places again, as CUDA graphs want it.
+                token = runner.decode(active)
+            called = time.perf_counter()
+            jax.block_until_ready(token)
         if repeat < config.repeats:
-            times.append((time.perf_counter() - begin) / config.steps * 1e3)
-    return statistics.median(times)
+            times.append([(end - begin) / config.steps * 1e3 for end in (time.perf_counter(), called)])
+    return dict(zip(("ms", "host_ms"), map(statistics.median, zip(*times, strict=True)), strict=True))
 
 
 def bench(config: StepConfig) -> Mapping[str, Any]:
@@ -177,21 +202,23 @@ def bench(config: StepConfig) -> Mapping[str, Any]:
         "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
         "cases": [],
     }
-    table = Table("rows", "rank", "ms a step", "MiB of weights", "GB/s of weights")
+    table = Table("rows", "rank", "graphs", "steps a call", "ms a step", "ms to start it", "GB/s of weights")
     for rank in config.ranks:
         spec = QuantSpec(group_size=config.group_size)
         model = random_model(architecture, spec=spec, rank=rank, dtype=jnp.dtype(config.dtype))
         nbytes = weight_bytes(model)
         model = lay_out(model)
         jax.block_until_ready(jax.tree.leaves(model))
-        for rows in config.rows:
-            profile = None if config.profile is None else config.profile / f"rows-{rows}-rank-{rank}"
-            milliseconds = time_steps(model, config, rows=rows, profile=profile)
-            case = {"rows": rows, "rank": rank, "ms": milliseconds, "weight_bytes": nbytes}
+        for rows, buffers, per_call in itertools.product(config.rows, config.command_buffers, config.steps_per_call):
+            name = f"rows-{rows}-rank-{rank}-{buffers}-{per_call}"
+            profile = None if config.profile is None else config.profile / name
+            case = {"rows": rows, "rank": rank, "command_buffers": buffers, "steps_per_call": per_call}
+            case |= time_steps(model, config, rows=rows, buffers=buffers, per_call=per_call, profile=profile)
+            case["weight_bytes"] = nbytes
             results["cases"].append(case)
-            speed = f"{nbytes / milliseconds / 1e6:.0f}"
-            table.add_row(str(rows), str(rank), f"{milliseconds:.3f}", f"{nbytes / 2**20:.0f}", speed)
-            print(f"{rows} rows, rank {rank}: {milliseconds:.3f} ms a step", file=sys.stderr, flush=True)
+            times = f"{case['ms']:.3f}", f"{case['host_ms']:.3f}"
+            table.add_row(str(rows), str(rank), buffers, str(per_call), *times, f"{nbytes / case['ms'] / 1e6:.0f}")
+            print(f"{name}: {times[0]} ms a step, {times[1]} to start it", file=sys.stderr, flush=True)
             if config.output is not None:
                 config.output.parent.mkdir(parents=True, exist_ok=True)
                 config.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -77,16 +77,16 @@ def allocate(
 ) -> Cache | tuple[Cache, ...]:
     """Make an empty cache for `context` tokens a slot: one for all layers, or one for each where not `stacked`.
 
-    It is in pages for a Hopper GPU or a TPU, where the model is one that the attention kernel can do. A padded prompt chunk may
-    write `padding` positions past the context, and idle slots write to the very last position; neither is ever read,
-    and neither may be moved back onto live keys as `dynamic_update_slice` would at the end.
+    For a Hopper GPU or a TPU it is in pages, one for all layers, where the model is one that the attention kernel can
+    do. A padded prompt chunk may write `padding` positions past the context, and idle slots write to the very last
+    position; neither is ever read, and neither may be moved back onto live keys as `dynamic_update_slice` would at the
+    end.
     """
     length = context + padding + 1
-    in_pages = suits_pages(config, dtype)
+    if suits_pages(config, dtype):
+        return PagedKVCache.zeros(config, layers=config.num_layers, slots=slots, length=length, dtype=dtype)
 
-    def zeros(layers: int | None) -> Cache:
-        if in_pages:
-            return PagedKVCache.zeros(config, layers=layers or 1, slots=slots, length=length, dtype=dtype)
+    def zeros(layers: int | None) -> KVCache:
         shape = (slots, config.num_kv_heads, -(-length // BLOCK) * BLOCK, config.head_dim)
         shape = shape if layers is None else (layers, *shape)
         return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))

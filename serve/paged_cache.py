@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from pallas_kernels.dispatch import is_hopper, platform
@@ -36,17 +37,19 @@ def suits_pages(config: ModelConfig, dtype: Any) -> bool:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PagedKVCache:
-    """Keys and values of `slots` slots of `pages` pages each, `k` and `v`: [L * slots * pages, K, PAGE, H].
+    """Keys and values of `slots` slots of `pages` pages each, `k` and `v`: [layers * slots * pages, K, PAGE, H].
 
-    Page j of slot s in layer i is number `i * slots * pages + table[s, j]`, so that a scanned layer needs no slice of
-    its own; L is 1 where each layer has a cache of its own. `table`, int32 [slots, pages], is counted off and never
-    changes: it is kept as counting it in a step would be a launch in each layer. Where a page is twice as wide as a
-    head, two key heads share it, side by side.
+    Page j of slot s in layer i is number `(i * slots + s) * pages + j`, so that no layer needs a slice of its own, and
+    a program two arrays for all of them. `table`, int32 [slots, pages], is there only in what `of_layer` gives. Where
+    a page is twice as wide as a head, two key heads share it, side by side. `windowed`: some layer has a window.
     """
 
     k: Any
     v: Any
-    table: Any
+    table: Any = None
+    layers: int = dataclasses.field(metadata={"static": True})
+    slots: int = dataclasses.field(metadata={"static": True})
+    windowed: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
     def zeros(cls, config: ModelConfig, *, layers: int, slots: int, length: int, dtype: Any) -> "PagedKVCache":
@@ -55,13 +58,20 @@ class PagedKVCache:
         beside = _LANES // config.head_dim if platform() == "tpu" and config.head_dim < _LANES else 1
         heads = -(-config.num_kv_heads // beside)
         shape = (layers * slots * pages, heads, PAGE, beside * config.head_dim)
-        table = jnp.arange(slots * pages, dtype=jnp.int32).reshape(slots, pages)
-        return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), table=table)
+        windowed = config.sliding_window is not None
+        return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), layers=layers, slots=slots, windowed=windowed)
 
     @property
     def length(self) -> int:
         """Positions a slot has room for."""
-        return self.table.shape[1] * PAGE
+        return self.k.shape[0] // (self.layers * self.slots) * PAGE
+
+    def of_layer(self, layer: int | None) -> "PagedKVCache":
+        """Give the cache with the page numbers of one layer as a constant, or with None without them again.
+
+        Adding them up in the program would be a launch in each layer.
+        """
+        return dataclasses.replace(self, table=None if layer is None else self._numbers + layer * self._numbers.size)
 
     def attend_slot(
         self,
@@ -82,7 +92,7 @@ class PagedKVCache:
         (q, k, v), split = self._side_by_side(q, k, v)
         with jax.named_scope("cache_write"):
             keys, values = paged_write(k[0], v[0], self.k, self.v, table[0], positions[0, 0])
-        where = {"starts": positions[:, 0], "window": _limit(window)}
+        where = {"starts": positions[:, 0], "window": self._window(window)}
         out = paged_attention(q, keys, values, table, positions[:, -1] + 1, **where, scale=scale)
         return split(out), dataclasses.replace(self, k=keys, v=values)
 
@@ -110,12 +120,20 @@ class PagedKVCache:
         # They are slices of one product: XLA puts them together again without a copy.
         qkv = jnp.concatenate([q, k, v], axis=2)[:, 0]
         lengths = jnp.where(live, positions + 1, 0)
-        options = {"scale": scale, "window": _limit(window)}
+        options = {"scale": scale, "window": self._window(window)}
         out, keys, values = paged_decode(qkv, rotation, self.k, self.v, self._table(layer), lengths, **options)
         return split(out[:, None]), dataclasses.replace(self, k=keys, v=values)
 
+    @property
+    def _numbers(self) -> Int32[np.ndarray, "S M"]:
+        return np.arange(self.k.shape[0] // self.layers, dtype=np.int32).reshape(self.slots, -1)
+
     def _table(self, layer: Index) -> Int32[Array, "S M"]:
-        return self.table + layer * self.table.size
+        return jnp.asarray(self._numbers + layer * self._numbers.size if self.table is None else self.table)
+
+    def _window(self, window: Index) -> Index | None:
+        """Give a layer's window, or None where it is known to be none."""
+        return None if not self.windowed or (isinstance(window, int) and window >= UNLIMITED_WINDOW) else window
 
     def _side_by_side(
         self, q: Array, k: Array, v: Array
@@ -146,8 +164,3 @@ class PagedKVCache:
             return mine.reshape(*lead, -1, h)[..., :n, :]
 
         return (wide, k, v), split
-
-
-def _limit(window: Index) -> Index | None:
-    """Give a window, or None where it is known to be none."""
-    return None if isinstance(window, int) and window >= UNLIMITED_WINDOW else window

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Int
 
 from serve.cache import Cache, allocate, batch_attend, last_position, slot_attend
 from serve.request import SamplingParams
-from serve.sampling import SamplingState, sample
+from serve.sampling import SamplingState, likeliest, sample
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.quantize import weight_bytes
 
@@ -40,6 +40,10 @@ class Runner:
     Calls return at once with device arrays. The model's arrays are flattened once: flattening the module tree on every
     call would cost more Python than the rest of a step. A lone request decodes in a program of its own that reads one
     slot; otherwise all S slots run, so what a request gets does not depend on which others are there.
+
+    With `greedy_program` steps without random sampling run in a program that has no branch for it: on a GPU launches
+    follow one another without the host waiting for the device's choice. `steps_per_call` steps of decoding run in one
+    program, for measuring: what they give but the last is lost.
     """
 
     def __init__(
@@ -50,6 +54,8 @@ class Runner:
         context: int,
         buckets: Sequence[int],
         lone_program: bool,
+        greedy_program: bool = False,
+        steps_per_call: int = 1,
         logits: Logits = Decoder.logits,
         compiler_options: Mapping[str, str] | None = None,
     ):
@@ -62,18 +68,22 @@ class Runner:
         self._state = _committed(state)
         compiled = functools.partial(_jit, tree, logits=logits, options=compiler_options)
         self._prefill = compiled(prefill_step)
-        self._decode_all = compiled(decode_step)
+        self._decode_all = compiled(_repeated(decode_step, steps_per_call))
+        self._decode_greedy = compiled(_repeated(greedy_step, steps_per_call)) if greedy_program else None
         self._decode_one = compiled(_decode_one) if lone_program and slots > 1 else None
+        self._random = np.zeros(slots, bool)
+        self._active = np.ones(slots, bool), jnp.ones(slots, bool)
 
     @property
     def num_programs(self) -> int:
         """How many programs `warm_up` compiles."""
-        return len(self.buckets) + 1 + (self._decode_one is not None)
+        return len(self.buckets) + 1 + (self._decode_one is not None) + (self._decode_greedy is not None)
 
     def prefill(
         self, tokens: Sequence[int], *, slot: int, start: int, bucket: int, last: bool, params: SamplingParams
     ) -> Int[Array, ""]:
         """Run `tokens` of a prompt from position `start` in a slot; with `last`, the result is the first new token."""
+        self._random[slot] = params.temperature > 0
         arguments = self._prefill_arguments(tokens, slot=slot, start=start, bucket=bucket, last=last, params=params)
         token, self._state = self._prefill(self._leaves, self._state, *arguments)
         return token
@@ -90,8 +100,13 @@ class Runner:
         """Give every active slot its next token; other entries mean nothing."""
         if self._decode_one is not None and active.sum() == 1:
             token, self._state = self._decode_one(self._leaves, self._state, np.int32(active.argmax()))
-        else:
-            token, self._state = self._decode_all(self._leaves, self._state, active)
+            return token
+        if not np.array_equal(active, self._active[0]):
+            # Kept: with arguments that stay where they are XLA need not change its CUDA graphs.
+            self._active = active.copy(), jnp.array(active)
+        greedy = self._decode_greedy is not None and not (self._random & active).any()
+        program = self._decode_greedy if greedy else self._decode_all
+        token, self._state = program(self._leaves, self._state, self._active[1])
         return token
 
     def warm_up(self) -> Iterator[str]:
@@ -106,7 +121,9 @@ class Runner:
             programs.append((f"prefill {bucket}", self._prefill, chunk))
         if self._decode_one is not None:
             programs.append(("decode 1", self._decode_one, (np.int32(0),)))
-        programs.append((f"decode {self.slots}", self._decode_all, (np.ones(self.slots, bool),)))
+        if self._decode_greedy is not None:
+            programs.append((f"greedy {self.slots}", self._decode_greedy, (jnp.ones(self.slots, bool),)))
+        programs.append((f"decode {self.slots}", self._decode_all, (jnp.ones(self.slots, bool),)))
         leaves, state = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
             (self._leaves, self._state),
@@ -190,13 +207,44 @@ def decode_step(
     model: Decoder, logits: Logits, state: DeviceState, active: Bool[Array, " S"]
 ) -> tuple[Int[Array, " S"], DeviceState]:
     """Give each active slot its next token; other entries mean nothing."""
+    sampling = _active_only(state.sampling, active)
+    return _step(model, logits, state, active, lambda logits, position: sample(logits, sampling, position))
+
+
+def greedy_step(
+    model: Decoder, logits: Logits, state: DeviceState, active: Bool[Array, " S"]
+) -> tuple[Int[Array, " S"], DeviceState]:
+    """Give what `decode_step` does where no active slot draws at random."""
+    return _step(model, logits, state, active, lambda logits, _: likeliest(logits))
+
+
+def _step(
+    model: Decoder,
+    logits: Logits,
+    state: DeviceState,
+    active: Bool[Array, " S"],
+    choose: Callable[[Array, Array], Array],
+) -> tuple[Int[Array, " S"], DeviceState]:
     positions = jnp.where(active, state.length, last_position(state.cache))
     hidden, cache = model(
         state.token[:, None], positions[:, None], attend=batch_attend(positions, active), cache=state.cache
     )
-    drawn = sample(logits(model, hidden[:, 0]), _active_only(state.sampling, active), positions + 1)
+    drawn = choose(logits(model, hidden[:, 0]), positions + 1)
     token = jnp.where(active, drawn, state.token)
     return token, dataclasses.replace(state, cache=cache, token=token, length=state.length + active.astype(jnp.int32))
+
+
+def _repeated(step: Callable[..., tuple[Array, DeviceState]], count: int) -> Callable[..., tuple[Array, DeviceState]]:
+    """Give a step that does `count` of them in a loop on the device."""
+    if count == 1:
+        return step
+
+    @functools.wraps(step)
+    def steps(model: Decoder, logits: Logits, state: DeviceState, active: Array) -> tuple[Array, DeviceState]:
+        state = jax.lax.fori_loop(0, count, lambda _, state: step(model, logits, state, active)[1], state)
+        return state.token, state
+
+    return steps
 
 
 def _active_only(sampling: SamplingState, active: Bool[Array, " S"]) -> SamplingState:

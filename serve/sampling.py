@@ -49,6 +49,11 @@ class SamplingState:
         )
 
 
+def likeliest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """Choose the likeliest token of each row."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
 def sample(logits: Float[Array, "B V"], state: SamplingState, position: Int[Array, " B"]) -> Int[Array, " B"]:
     """Choose one token a row.
 
@@ -56,7 +61,7 @@ def sample(logits: Float[Array, "B V"], state: SamplingState, position: Int[Arra
     rows are greedy, and each filter when no row uses it.
     """
     with jax.named_scope("sample"):
-        greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        greedy = likeliest(logits)
         random = state.temperature > 0
 
         def draw_random() -> Int[Array, " B"]:

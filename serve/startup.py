@@ -98,6 +98,7 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console) -> Eng
             buckets=config.prefill_buckets,
             lone_program=jax.default_backend() == "cpu",
             logits=cpu_logits if dense else Decoder.logits,
+            greedy_program=jax.default_backend() == "gpu",
             compiler_options=command_buffer_options(config.command_buffers) if jax.default_backend() == "gpu" else None,
         )
         with phases.phase("compile", steps=runner.num_programs):

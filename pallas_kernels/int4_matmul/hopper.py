@@ -101,6 +101,8 @@ class _Kernel(Block):
     """The program of a block."""
 
     def __call__(self, **refs) -> None:
+        if self.overlap:  # as soon as all blocks have begun: what the next kernel reads first are its weights
+            plgpu.griddepcontrol_launch_dependents()
         compute = self.tiles * self.config.k_parts
         # Large tiles take more registers than an even share; one warpgroup alone has as many as a thread can have.
         rationed = not self.interpret and self.config.tile_m >= RATIONED_ROWS and compute > 1
@@ -146,8 +148,6 @@ class _Kernel(Block):
             plgpu.barrier_arrive(z_full)
 
         z = pl.run_scoped(run, Accumulator((SIDE, config.tile_m), jnp.float32))
-        if self.overlap:
-            plgpu.griddepcontrol_launch_dependents()
         self._reduce(z, finish, k_part=k_part, row_tile=config.row_tiles, **refs)
 
     def _multiply(self, k_part, row_tile, *, scale, code_ring, x_ring, full, empty, zero=None, **refs) -> None:
@@ -208,8 +208,6 @@ class _Kernel(Block):
             y = pl.run_scoped(run, Accumulator((SIDE, config.tile_m), jnp.float32))
         else:
             y = run(None)
-        if self.overlap:
-            plgpu.griddepcontrol_launch_dependents()
         finish = functools.partial(self._finish, row_tile=row_tile, tile=tile, row_scale=row_scale, **refs)
         self._reduce(y, finish, k_part=k_part, row_tile=row_tile, **refs)
 

@@ -120,6 +120,8 @@ class _Kernel(Block):
     """The program of a block."""
 
     def __call__(self, **refs) -> None:
+        if self.overlap:  # as soon as all blocks have begun: what the next kernel reads first are its weights
+            plgpu.griddepcontrol_launch_dependents()
         compute = self.config.warpgroups
         rationed = not self.interpret and self.problem.tokens > 1 and compute > 1
         feed_and_compute(
@@ -187,8 +189,6 @@ class _Kernel(Block):
         if self.problem.windowed or self.problem.tokens > 1:
             carry = lax.fori_loop(clear, ahead, functools.partial(step, masked=True, last=False), carry)
         carry = lax.fori_loop(ahead, count, functools.partial(step, masked=True, last=True), carry)
-        if self.overlap:
-            plgpu.griddepcontrol_launch_dependents()
         self._merge(carry, row_tile, part, **refs)
 
     def _scores(self, q, keys, wide, stage, refs) -> jax.Array:

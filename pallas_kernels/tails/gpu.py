@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tuning
 from pallas_kernels.int4_matmul.gpu import coordinates
 from pallas_kernels.int4_matmul.operands import Compensator
 from pallas_kernels.int4_matmul.reference import gated_coordinates
@@ -70,14 +70,25 @@ def _run(kind: Kind, operands: dict[str, Any], compensator: Compensator | None, 
         done = gate is None and compensator.bt_scale is None
         z_dtype = jnp.bfloat16 if done else jnp.float32
         try:
-            out = tail_hopper(kind, **operands, **_projection(compensator), z_dtype=z_dtype, **options)
+            projection = _projection(compensator)
+            out = tail_hopper(
+                kind, **operands, **projection, z_dtype=z_dtype, **_cut(kind, operands, projection["a"]), **options
+            )
         except NotImplementedError:
             pass  # without A it may do
         else:
             z = out["z"][:, : compensator.a.shape[0]]
             return out, z if gate is None else gated_coordinates(out["x"], z, None, gate)
-    out = tail_hopper(kind, **operands, **options)
+    out = tail_hopper(kind, **operands, **_cut(kind, operands, None), **options)
     return out, None if compensator is None else coordinates(out["x"], compensator, options["interpret"])
+
+
+def _cut(kind: Kind, operands: dict[str, Any], a: Array | None) -> dict[str, int]:
+    """Give the blocks and warpgroups that proved fastest on this device for a norm; nothing where it was not timed."""
+    if kind != "norm":
+        return {}
+    m, k = operands["first"].shape
+    return tuning.lookup("rmsnorm_project", {"m": m, "k": k, "ranks": 0 if a is None else a.shape[0]}) or {}
 
 
 def _projection(compensator: Compensator) -> dict[str, Array | None]:

@@ -215,7 +215,8 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Compute hidden states after the final norm, and the updated cache; positions default to 0, 1, ...
 
-        Where layers are stacked, `cache` is one for all of them; where they are separate, a tuple with one for each.
+        Where layers are stacked, `cache` is one for all of them; where they are separate, a tuple with one for each,
+        or one whose `of_layer(i)` gives what layer i takes, and `of_layer(None)` of its result the whole again.
         Separate layers of one window are traced once for all, if their arrays are alike and `attend` is a
         `jax.tree_util.Partial` or a function without captured arrays.
         """
@@ -227,11 +228,15 @@ class Decoder(nnx.Module):
             if isinstance(self.layers, nnx.List):
                 partial = attend if isinstance(attend, jax.tree_util.Partial) else jax.tree_util.Partial(attend)
                 caches, update = [], jnp.zeros_like(x)  # rather than None: the first layer is traced with the others
+                whole = hasattr(cache, "of_layer")
                 for i, layer in enumerate(self.layers):
-                    own, part = self.compensators_of(i), None if cache is None else cache[i]
+                    own, part = self.compensators_of(i), None
+                    if cache is not None:
+                        part = cache.of_layer(i) if whole else cache[i]
                     x, update, part = _separate_layer(layer, x, update, ropes, part, partial, own, window=windows[i])
+                    cache = part.of_layer(None) if whole else cache
                     caches.append(part)
-                cache = None if cache is None else tuple(caches)
+                cache = tuple(caches) if isinstance(cache, tuple) else cache
             else:
 
                 def body(carry: tuple[Array, Any], inputs: tuple[Layer, Array, Array]):

@@ -60,7 +60,12 @@ def main() -> None:
         model, state = jax.eval_shape(build)
         leaves, tree = jax.tree.flatten(model)
         chunk = runner.Runner._prefill_arguments([0] * CHUNK, slot=0, start=0, bucket=CHUNK, last=True, params=GREEDY)
-        programs = {"decode": (runner.decode_step, (jnp.ones(ROWS, bool),)), "prefill": (runner.prefill_step, chunk)}
+        active = (jnp.ones(ROWS, bool),)
+        programs = {
+            "decode": (runner.decode_step, active),
+            "greedy": (runner.greedy_step, active),
+            "prefill": (runner.prefill_step, chunk),
+        }
         for name, (step, arguments) in programs.items():
             options = command_buffer_options("whole")
             program = runner._jit(tree, step, logits=Decoder.logits, options=options)

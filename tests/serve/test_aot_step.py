@@ -38,16 +38,17 @@ def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return json.loads(done.stdout) | {"rows": request.param}
 
 
-@pytest.mark.parametrize("program", ["decode", "prefill"])
+@pytest.mark.parametrize("program", ["decode", "greedy", "prefill"])
 def test_the_cache_is_written_where_it_is(reports, program: str):
     report = reports[program]
     assert report["aliased_bytes"] >= report["cache_bytes"]
-    logits = (reports["rows"] if program == "decode" else 1) * 128_256 * 4
+    logits = (1 if program == "prefill" else reports["rows"]) * 128_256 * 4
     assert report["temporary_bytes"] < 4 * logits + 32 * 2**20
 
 
-def test_a_layer_of_a_decode_step_launches_what_it_must(reports):
-    launched = [name for name in reports["decode"]["launches"] if " layers/" in name]
+@pytest.mark.parametrize("program", ["decode", "greedy"])
+def test_a_layer_of_a_decode_step_launches_what_it_must(reports, program: str):
+    launched = [name for name in reports[program]["launches"] if " layers/" in name]
     kernels = [name for name in launched if name.startswith("custom-call")]
     count = collections.Counter(name.split("/")[2] for name in kernels)
     assert count == dict.fromkeys((*MATMULS, "paged_decode"), LAYERS) | {"rmsnorm_project": 2 * LAYERS}
@@ -55,5 +56,11 @@ def test_a_layer_of_a_decode_step_launches_what_it_must(reports):
     assert len(launched) - len(kernels) <= 4, "\n".join(launched)
 
 
-def test_a_decode_step_is_one_command_buffer(reports):
-    assert reports["decode"]["outermost"] == ["kCommandBuffer"]
+@pytest.mark.parametrize("program", ["decode", "greedy"])
+def test_a_decode_step_is_one_command_buffer(reports, program: str):
+    assert reports[program]["outermost"] == ["kCommandBuffer"]
+
+
+def test_a_greedy_step_has_no_branch(reports):
+    assert "conditional" in " ".join(reports["decode"]["launches"])
+    assert "conditional" not in " ".join(reports["greedy"]["launches"])

@@ -25,8 +25,8 @@ def tiny_file(tmp_path):
 def test_steps_are_timed_and_written(tmp_path):
     output = tmp_path / "out" / "steps.json"
     config = StepConfig(
-        model=tiny_file(tmp_path), rows=(1, 3), ranks=(0, 4), context=20, steps=3, repeats=2, dtype="float32",
-        output=output,
+        model=tiny_file(tmp_path), rows=(1, 3), ranks=(0, 4), context=20, steps=4, repeats=2, dtype="float32",
+        steps_per_call=(2,), output=output,
     )  # fmt: skip
     results = bench(config)
     assert json.loads(output.read_text()) == results
@@ -46,7 +46,12 @@ def test_random_weights_keep_activations_of_order_one():
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"rows": ()}, "rows"), ({"context": 0}, "context must be"), ({"ranks": (-1,)}, "ranks at least 0")],
+    [
+        ({"rows": ()}, "rows"),
+        ({"context": 0}, "context must be"),
+        ({"ranks": (-1,)}, "ranks at least 0"),
+        ({"steps": 50, "steps_per_call": (1, 8)}, "multiple of each of steps_per_call"),
+    ],
 )
 def test_settings_that_cannot_run_are_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):

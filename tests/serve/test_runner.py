@@ -182,6 +182,32 @@ def test_nothing_compiles_after_warm_up() -> None:
         jax.monitoring.clear_event_listeners()
 
 
+def test_steps_that_draw_nothing_take_the_greedy_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    def runner_with(**options: Any) -> Runner:
+        return Runner(model_of("full"), slots=2, context=64, buckets=(8, 16), lone_program=False, **options)
+
+    runner, plain, thrice = runner_with(greedy_program=True), runner_with(), runner_with(steps_per_call=3)
+    used: list[str] = []
+    for name in ("_decode_greedy", "_decode_all"):
+        program = getattr(runner, name)
+        monkeypatch.setattr(runner, name, lambda *args, p=program, n=name: (used.append(n), p(*args))[1])
+    drawn = SamplingParams(max_tokens=1, temperature=0.8, seed=3)
+    for one in (runner, plain, thrice):
+        start(one, 0, prompt_of(9))
+        start(one, 1, prompt_of(12, seed=1), drawn)
+    alone, both = np.array([True, False]), np.array([True, True])
+    for active in (alone, alone, both, both, both):
+        expected, got = (np.asarray(one.decode(active))[active] for one in (plain, runner))
+        assert got.tolist() == expected.tolist()
+    assert used == ["_decode_greedy"] * 2 + ["_decode_all"] * 3
+    monkeypatch.setattr(thrice, "_state", jax.tree.map(jnp.copy, plain._state))
+    expected = [np.asarray(plain.decode(both)).tolist() for _ in range(3)]
+    assert np.asarray(thrice.decode(both)).tolist() == expected[-1]
+    start(runner, 1, prompt_of(5))
+    runner.decode(both)
+    assert used[-1] == "_decode_greedy"
+
+
 @pytest.mark.parametrize("rows", [1, 2, 16, 17])
 def test_forms_of_a_dense_product_agree(rows: int) -> None:
     rng = np.random.default_rng(rows)
