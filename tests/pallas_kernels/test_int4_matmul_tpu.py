@@ -153,7 +153,10 @@ def test_an_activation_ends_the_product(tpu_interpreted, case: str, cut: str):
 
 def test_an_activation_takes_whole_vectors_of_pairs():
     (x, packed, scale), _ = Case(m=8, n=384, k=128).operands()
-    call = functools.partial(int4_matmul, x.astype(jnp.bfloat16), packed, scale, activation="silu")
+    call = functools.partial(
+        int4_matmul, x.astype(jnp.bfloat16), packed.T, scale.T, activation="silu", layout="columns"
+    )
+    assert call().shape == (8, 192)
     with dispatch.compiling_for("tpu", kind=V6E), pytest.raises(NotImplementedError, match="no configuration fits"):
         call(implementation="mosaic_tpu")
 
