@@ -12,7 +12,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper import shared_tile
 from pallas_kernels.int4_matmul.fragments import CODE_BYTES, CODE_ROWS
 from pallas_kernels.int4_matmul.plan import HopperConfig
-from pallas_kernels.packing import SIDE
+from pallas_kernels.packing import RANK_STEP, SIDE
+from pallas_kernels.signals import Peers
 
 PAIRED_COLUMNS = 32
 """Columns of a pair of tiles that an activation is applied to at a time: registers do not hold both tiles."""
@@ -31,6 +32,7 @@ class Block:
     paired: bool
     out_dtype: jnp.dtype
     interpret: bool
+    peers: Peers | None = None
 
     @property
     def tiles(self) -> int:
@@ -116,6 +118,8 @@ class Block:
             z_shape = (share, SIDE) if self.projected else (tile_m, rank)
             shapes["z_tile"] = shared_tile(z_shape, jnp.bfloat16, row=rank * 2)
             shapes["z_full"] = plgpu.Barrier()
+        elif self.projected:  # coordinates go to the inboxes
+            shapes["z_tile"] = shared_tile((share, SIDE), jnp.float32, row=RANK_STEP * 4)
         if self.projected:
             shapes["a_ring"] = plgpu.SMEM((config.k_parts, self.slots, config.blocks * self.rank, SIDE), jnp.bfloat16)
         return shapes

@@ -28,8 +28,12 @@ from pallas_kernels.int4_matmul.feed import PAIRED_COLUMNS, Block
 from pallas_kernels.int4_matmul.fragments import CODE_BYTES, CODE_ROWS, read_factor, read_words, unpack_words
 from pallas_kernels.int4_matmul.plan import RATIONED_ROWS, HopperConfig
 from pallas_kernels.packing import RANK_STEP, SIDE
+from pallas_kernels.signals import Peers, Sum, signal
 
 _FEEDER_REGISTERS = 40
+
+_FLAG_ROWS = 8
+"""Rows of a result that have a flag in peers' inboxes."""
 
 
 def int4_matmul_hopper(
@@ -45,13 +49,16 @@ def int4_matmul_hopper(
     config: HopperConfig,
     out_dtype: jnp.dtype,
     activation: Literal["silu"] | None = None,
+    peers: Peers | None = None,
     interpret: plgpu.InterpretGPUParams | bool = False,
-) -> Float[Array, "M N"]:
+) -> Float[Array, "M N"] | None:
     """Compute `x W^T + bias + z b^T`, W in the order of `to_fragments`; R a multiple of 16.
 
     Coordinates are given as `z`, or computed as `A x` from `a` in the order of `factor_to_fragments`. With
     an activation, tiles of 64 output channels belong together two by two, and the result is [M, N / 2]:
     `activation(even tile) * odd tile`.
+    With `peers` nothing is given: results, and the coordinates that `a` makes and no b is applied to, are written in
+    float32 into the inboxes of all devices, each tile with a flag.
     The last block of rows of x may reach beyond M: the copy engine fills it with zeros and stores what is inside.
 
     Raises:
@@ -62,6 +69,7 @@ def int4_matmul_hopper(
         raise NotImplementedError(f"x must have up to 8 rows or a multiple of 8, got {m}")
     config.check(n=n, k=k, groups=scale.shape[0], projected=a is not None, paired=activation is not None)
     assert b is None or (b.shape[1] % RANK_STEP == 0 and (a is None) != (z is None))
+    assert peers is None or (b is None and activation is None and out_dtype == jnp.float32)
     optional = {"zero": zero, "bias": bias, "b": b, "z": z, "a": a}
     given = {name: operand for name, operand in optional.items() if operand is not None}
     kernel = _Kernel(
@@ -69,21 +77,26 @@ def int4_matmul_hopper(
         n=n,
         k=k,
         groups=scale.shape[0],
-        rank=0 if b is None else b.shape[1],
+        rank=(0 if a is None else a.size // k) if b is None else b.shape[1],
         projected=a is not None,
         paired=activation is not None,
         out_dtype=out_dtype,
         interpret=bool(interpret),
+        peers=peers,
     )
     shared = kernel.scratch(scale, zero, b)
+    inboxes = {}
+    if peers is not None:
+        inboxes = {name: getattr(peers, name) for name in ("y", "z", "flags", "generation")}
 
     def int4_matmul(packed, scale, x, *rest):
-        refs = dict(zip((*given, "out", *shared), rest, strict=True))
+        results = ("out",) if peers is None else ()
+        refs = dict(zip((*given, *(f"{name}_inbox" for name in inboxes), *results, *shared), rest, strict=True))
         kernel(packed=packed, scale=scale, x=x, **refs)
 
     run = plgpu.kernel(
         int4_matmul,
-        out_type=jax.ShapeDtypeStruct((m, n if activation is None else n // 2), out_dtype),
+        out_type=() if peers is not None else jax.ShapeDtypeStruct((m, n if activation is None else n // 2), out_dtype),
         grid=(n // (SIDE * config.row_tiles), -(-m // config.tile_m)),
         grid_names=("n", "m"),
         cluster=(config.splits,),
@@ -91,9 +104,11 @@ def int4_matmul_hopper(
         num_threads=kernel.tiles * config.k_parts + 1,
         thread_name="warpgroup",
         scratch_types=list(shared.values()),
+        compiler_params=plgpu.CompilerParams(skip_device_barrier=peers is not None),
         interpret=interpret,
     )
-    return run(packed.reshape(n // SIDE, -1, CODE_BYTES), scale, x, *given.values())
+    y = run(packed.reshape(n // SIDE, -1, CODE_BYTES), scale, x, *given.values(), *inboxes.values())
+    return y if peers is None else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +137,7 @@ class _Kernel(Block):
         pl.when(coordinates)(lambda: self._project(k_part, **refs))
         pl.when(~coordinates)(lambda: self._multiply(k_part, tile, **refs))
 
-    def _project(self, k_part, *, x_ring, a_ring, full, empty, z_tile, z_full, **refs) -> None:
+    def _project(self, k_part, *, x_ring, a_ring, full, empty, z_tile, z_full=None, **refs) -> None:
         """Multiply A with a part of K and bring the parts together, for the other warpgroups to multiply with B."""
         config = self.config
 
@@ -142,7 +157,11 @@ class _Kernel(Block):
             lax.fori_loop(0, self.steps, step, None)
             return hold(acc[...], interpret=self.interpret)
 
-        def finish(z, _):
+        def finish(z, first):
+            if self.peers is not None:
+                # All blocks of a row of clusters have them.
+                pl.when(lax.axis_index("n") == 0)(lambda: self._send(z, first, z_tile, self.n // SIDE, **refs))
+                return
             z_tile.T[...] = plgpu.layout_cast(z.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.commit_smem()
             plgpu.barrier_arrive(z_full)
@@ -280,7 +299,10 @@ class _Kernel(Block):
             plgpu.barrier_wait(odd_full)
             self._store(y, first, row_tile // 2, tile // 2, **refs | {"odd_tile": odd_tile})
 
-    def _store(self, y, first, row_tile, tile, *, out, y_tile, odd_tile=None, **_) -> None:
+    def _store(self, y, first, row_tile, tile, *, y_tile, out=None, odd_tile=None, **refs) -> None:
+        if self.peers is not None:
+            self._send(y, first, y_tile.at[row_tile], tile, **refs)
+            return
         rows = pl.ds(tile * SIDE, SIDE)
         count = y.shape[1] if odd_tile is None else min(y.shape[1], PAIRED_COLUMNS)
         for i in range(0, y.shape[1], count):
@@ -294,6 +316,23 @@ class _Kernel(Block):
         place = lax.axis_index("m") * self.config.tile_m + first
         plgpu.copy_smem_to_gmem(y_tile.at[row_tile], out.at[pl.ds(place, y.shape[1]), rows])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def _send(self, value, first, scratch, tile, *, y_inbox, z_inbox, flags_inbox, generation_inbox, **_) -> None:
+        """Write 64 columns of y, or the coordinates as the tile after all those, into all inboxes, and say so."""
+        assert self.peers is not None
+        number = generation_inbox[0]
+        sum_ = Sum(number=number, axis=self.peers.axis, devices=self.peers.devices, columns=self.n)
+        scratch.T[...] = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
+        plgpu.commit_smem()
+        first, count = lax.axis_index("m") * self.config.tile_m + first, value.shape[1]
+        rows = pl.ds(first, count)
+        inbox, columns = y_inbox, pl.ds(tile * SIDE, SIDE)
+        if isinstance(tile, int):
+            inbox, columns = z_inbox, pl.ds(0, SIDE)
+        for place in sum_.everybody(inbox):
+            plgpu.copy_smem_to_gmem(scratch, place.at[sum_.line(sum_.me), rows, columns])
+        plgpu.wait_smem_to_gmem(0)
+        signal(flags_inbox, sum_, first // _FLAG_ROWS, tile, row_blocks=count // _FLAG_ROWS, interpret=self.interpret)
 
     def _add_low_rank(self, y, first, row_tile, *, b_tile, b_full, z_tile, z_full, **_) -> jax.Array:
         plgpu.barrier_wait(b_full)

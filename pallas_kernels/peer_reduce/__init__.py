@@ -1,0 +1,6 @@
+"""Sums of a row-parallel product's parts over devices, with what comes after them: gate, B, residual, next norm."""
+
+from pallas_kernels.peer_reduce.api import Reduction, peer_reduce, row_parallel
+from pallas_kernels.peer_reduce.inbox import Inbox, PeerLostError, empty_inbox
+
+__all__ = ["Inbox", "PeerLostError", "Reduction", "empty_inbox", "peer_reduce", "row_parallel"]
