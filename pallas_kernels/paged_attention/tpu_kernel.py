@@ -93,11 +93,11 @@ class Attention:
     def _seen(self, sequence: Array, block: Array) -> tuple[Array, Array, Array, Array]:
         """Give the first key that some row of a block sees, the end of them, and the tiles that hold them."""
         start = self.starts[sequence]
-        first_token = block * self.rows // self.group
-        last_token = jnp.minimum((block * self.rows + self.rows - 1) // self.group, self.tokens - 1)
+        first_token = _div(block * self.rows, self.group)
+        last_token = jnp.minimum(_div(block * self.rows + self.rows - 1, self.group), self.tokens - 1)
         end = jnp.maximum(jnp.minimum(start + last_token + 1, self.lengths[sequence]), 0)
         begin = jnp.maximum(start + first_token - self.window[0] + 1, 0) if self.windowed else jnp.int32(0)
-        return begin, end, begin // self.tile, pl.cdiv(end, self.tile)
+        return begin, end, _div(begin, self.tile), _div(end + self.tile - 1, self.tile)
 
     def _transfer(self, sequence: Array, keys: tuple, turn: Array, slot: Array | int, action: str) -> None:
         """Start the copies of a tile, or wait for them: of the pages alone that hold a key which is seen."""
@@ -139,7 +139,8 @@ class Attention:
         """Give the piece of a tile that holds a sequence's last key, its row there, and the rows that move with it."""
         position = self.lengths[sequence] - 1 - turn * self.tile
         row = jax.lax.rem(position, self.page)
-        return position // self.page, row, pl.ds(pl.multiple_of(row // PAGE_STEP * PAGE_STEP, PAGE_STEP), PAGE_STEP)
+        lines = pl.multiple_of(_div(row, PAGE_STEP) * PAGE_STEP, PAGE_STEP)
+        return _div(position, self.page), row, pl.ds(lines, PAGE_STEP)
 
     def _attend(self, sequence: Array, keys_seen: tuple, turn: Array, slot: Array) -> None:
         begin, end, *_ = keys_seen
@@ -178,6 +179,11 @@ class Attention:
             sums[head] = sums[head] * fade + _dot(weights.astype(jnp.bfloat16), values)
 
 
+def _div(count: Array, by: int) -> Array:
+    """Divide what is not negative: `//` looks at signs, which takes several scalar operations."""
+    return jax.lax.div(count, jnp.int32(by))
+
+
 def _dot(left: Array, right: Array, *, of_rows: bool = False) -> Array:
     return jax.lax.dot_general(left, right, (((1,), (int(of_rows),)), ((), ())), preferred_element_type=_F32)
 
@@ -188,7 +194,7 @@ def write_chunk(
     """Write the tokens of a chunk that belong to one page; blocks beyond the chunk are its last page once more."""
     del numbers
     page = k_pages.shape[1]
-    first = (start[0] // page + pl.program_id(0)) * page
+    first = (_div(start[0], page) + pl.program_id(0)) * page
 
     @pl.when(first < end[0])
     def _() -> None:
