@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.int4_matmul.operands import Compensator
+from pallas_kernels.int4_matmul.operands import Compensator, Gate
 from pallas_kernels.int4_matmul.reference import compensator_coordinates
 from pallas_kernels.int4_matmul.tpu_kernel import LANES, LowRank, dot, gated
 from pallas_kernels.tails.reference import Activation
@@ -19,6 +19,8 @@ type Kind = Literal["norm", "glu"]
 
 _F32 = jnp.float32
 _BLOCKS_M = (256, 128, 64, 32, 16)
+
+_NETWORK = ("w_in", "b_in", "w_out", "b_out")
 
 _WIDE_COPIES = 3
 """Copies of a block in float32 that the compiler may keep in vector memory."""
@@ -98,15 +100,9 @@ def _tail(
         out["h"] = out["x"]
     fixed = {} if weight is None else {"weight": weight.astype(_F32)[None]}
     gate = None if compensator is None else compensator.gate
-    alone = compensator is None or (gate is not None and (gate.probe is not None or gate.w_rms is not None))
-    if compensator is not None and not alone:
-        a = compensator.rows_of_a()
-        fixed["a"] = a if a.dtype == jnp.int8 else a.astype(jnp.bfloat16)
-        if compensator.a_scale is not None:
-            fixed["a_scale"] = compensator.a_scale.astype(_F32)[None]
-        if gate is not None:
-            network = LowRank.gated_by(gate, bt=None)
-            fixed |= {name: getattr(network, name) for name in ("w_in", "b_in", "w_out", "b_out")}
+    seeing = gate is not None and (gate.probe is not None or gate.w_rms is not None)  # more of x than z
+    if compensator is not None and not seeing:
+        fixed |= coordinate_operands(compensator)
         out["z"] = jax.ShapeDtypeStruct((m, rank), _F32)
     operands |= {name: (array, pl.BlockSpec(array.shape, lambda i: (0, 0))) for name, array in fixed.items()}
     names = [*operands, *(f"{name}_out" for name in out)]
@@ -127,7 +123,7 @@ def _tail(
         interpret=interpret,
     )(*(array for array, _ in operands.values()))
     found = dict(zip(out, results, strict=True))
-    if compensator is not None and alone:  # its gate sees more of x than z
+    if compensator is not None and seeing:
         found["z"] = compensator_coordinates(found["x"], compensator)
     return found
 
@@ -155,13 +151,7 @@ class _Tail:
         x_out[...] = x
         if a is None:
             return
-        z = dot(x, a[...].astype(x.dtype), of_rows=True)
-        if a_scale is not None:
-            z = z * a_scale[...]
-        if "w_in" in refs:
-            network = (refs[name][...] for name in ("w_in", "b_in", "w_out", "b_out"))
-            z = gated(z, *network, form=self.form)
-        z_out[...] = z
+        z_out[...] = coordinates(x, a, a_scale, refs, form=self.form)
 
     def _norm(self, *, first: Any, weight: Any, update: Any = None, h_out: Any = None, **_: Any) -> Array:
         h = first[...].astype(_F32)
@@ -169,9 +159,37 @@ class _Tail:
             summed = (h + update[...].astype(_F32)).astype(h_out.dtype)
             h_out[...] = summed
             h = summed.astype(_F32)
-        return h * jax.lax.rsqrt(jnp.mean(h * h, axis=1, keepdims=True) + self.eps) * weight[...]
+        return normalised(h, weight[...], eps=self.eps)
 
     def _glu(self, *, first: Any, **_: Any) -> Array:
         k = first.shape[1] // 2
         gate, up = first[:, :k].astype(_F32), first[:, k:].astype(_F32)
         return (jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate, approximate=True)) * up
+
+
+def coordinate_operands(compensator: Compensator) -> dict[str, Array]:
+    """Give what a kernel makes coordinates of, as it takes it: A, its scales as [1, R], and the gate's network."""
+    a = compensator.rows_of_a()
+    operands = {"a": a if a.dtype == jnp.int8 else a.astype(jnp.bfloat16)}
+    if compensator.a_scale is not None:
+        operands["a_scale"] = compensator.a_scale.astype(_F32)[None]
+    return operands | gate_operands(compensator.gate)
+
+
+def gate_operands(gate: Gate | None) -> dict[str, Array]:
+    """Give the network of a gate that is fed by z alone, as `gated` takes it."""
+    network = LowRank.gated_by(gate, bt=None)
+    return {} if gate is None else {name: getattr(network, name) for name in _NETWORK}
+
+
+def coordinates(x: Array, a: Any, a_scale: Any, refs: dict[str, Any], *, form: str) -> Array:
+    """Multiply x with A, and apply the gate whose network is among `refs`, in a kernel."""
+    z = dot(x, a[...].astype(x.dtype), of_rows=True)
+    if a_scale is not None:
+        z = z * a_scale[...]
+    return gated(z, *(refs[name][...] for name in _NETWORK), form=form) if "w_in" in refs else z
+
+
+def normalised(h: Array, weight: Array, *, eps: float) -> Array:
+    """Give the norm of float32 rows, times [1, K] weights, in a kernel."""
+    return h * jax.lax.rsqrt(jnp.mean(h * h, axis=1, keepdims=True) + eps) * weight
