@@ -29,7 +29,7 @@ from serve.gpu import lay_out_for_hopper
 from serve.request import SamplingParams
 from serve.runner import decode_step, empty_state, prefill_step
 from serve.sampling import SamplingState
-from serve.tensor_parallel import AXIS, divide_rows, gathered_logits, part_of
+from serve.tensor_parallel import AXIS, divide_rows, gathered_logits, on_each, part_of
 from serve.tpu import lay_out_for_tpu
 from spear_jax.cli import parse_flags, run_main
 from spear_jax.config import ModelConfig, load_yaml
@@ -177,21 +177,15 @@ def _lower(step: Callable[..., Any], held: Any, rest: tuple[Any, ...], devices: 
     mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
     own, same = PartitionSpec(AXIS), PartitionSpec()
 
-    def one(leaves: Any, state: Any, *rest: Any) -> Any:
-        leaves, state = jax.tree.map(lambda x: x[0], (leaves, state))
-        token, state = step(leaves, state, *rest)
-        return token, jax.tree.map(lambda x: x[None], state)
-
-    specs = {"in_specs": (own, own, *(same for _ in rest)), "out_specs": (same, own)}
-    divided = jax.shard_map(one, mesh=mesh, check_vma=False, **specs)
-
     def parts(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((len(devices), *x.shape), x.dtype, sharding=NamedSharding(mesh, own))
 
     def whole(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, same))
 
-    return jax.jit(divided, donate_argnums=1).lower(*jax.tree.map(parts, held), *jax.tree.map(whole, rest))
+    return jax.jit(on_each(step, devices), donate_argnums=1).lower(
+        *jax.tree.map(parts, held), *jax.tree.map(whole, rest)
+    )
 
 
 def _costs(compiled: Any) -> dict[str, Any]:

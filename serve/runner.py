@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Int
 from serve.cache import Cache, allocate, batch_attend, last_position, slot_attend
 from serve.request import SamplingParams
 from serve.sampling import SamplingState, likeliest, sample
+from serve.tensor_parallel import on_all, on_each
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.quantize import weight_bytes
 
@@ -43,7 +44,8 @@ class Runner:
 
     With `greedy_program` steps without random sampling run in a program that has no branch for it: on a GPU launches
     follow one another without the host waiting for the device's choice. `steps_per_call` steps of decoding run in one
-    program, for measuring: what they give but the last is lost.
+    program, for measuring: what they give but the last is lost. `devices` are those of a model that was divided
+    (`serve.tensor_parallel.divide`).
     """
 
     def __init__(
@@ -57,16 +59,18 @@ class Runner:
         greedy_program: bool = False,
         steps_per_call: int = 1,
         logits: Logits = Decoder.logits,
+        devices: Sequence[jax.Device] = (),
         compiler_options: Mapping[str, str] | None = None,
     ):
         self.slots = slots
         self.buckets = tuple(sorted(buckets))
         leaves, tree = jax.tree.flatten(model)
         self._leaves: list[Array] = _committed(leaves)
-        state = empty_state(model, slots=slots, context=context, padding=self.buckets[-1])
+        make_state = functools.partial(empty_state, model, slots=slots, context=context, padding=self.buckets[-1])
+        state = on_all(make_state, devices) if devices else make_state()
         self.cache_bytes = weight_bytes(state.cache)
         self._state = _committed(state)
-        compiled = functools.partial(_jit, tree, logits=logits, options=compiler_options)
+        compiled = functools.partial(_jit, tree, logits=logits, devices=devices, options=compiler_options)
         self._prefill = compiled(prefill_step)
         self._decode_all = compiled(_repeated(decode_step, steps_per_call))
         self._decode_greedy = compiled(_repeated(greedy_step, steps_per_call)) if greedy_program else None
@@ -164,16 +168,17 @@ def _jit(
     step: Callable[..., tuple[Array, DeviceState]],
     *,
     logits: Logits,
+    devices: Sequence[jax.Device] = (),
     options: Mapping[str, str] | None = None,
 ) -> Any:
     """Compile `step(model, logits, state, ...)` as a function of the model's arrays, with the state donated."""
 
-    @functools.partial(jax.jit, donate_argnums=1, compiler_options=dict(options or {}) or None)
     @functools.wraps(step)
     def run(leaves: list[Array], state: DeviceState, *args: Any) -> tuple[Array, DeviceState]:
         return step(jax.tree.unflatten(tree, leaves), logits, state, *args)
 
-    return run
+    whole = functools.wraps(step)(on_each(run, devices)) if devices else run
+    return jax.jit(whole, donate_argnums=1, compiler_options=dict(options or {}) or None)
 
 
 def prefill_step(

@@ -20,6 +20,7 @@ from serve.layout import lay_out
 from serve.metrics import Metrics
 from serve.runner import Runner
 from serve.scheduler import SlotScheduler
+from serve.tensor_parallel import divide, gathered_logits
 from spear_jax.models.decoder import Decoder, unstack
 from spear_jax.models.quantize import expand_model, expand_tables, quantize_model, quantize_tables, weight_bytes
 from spear_jax.models.source import DEMO
@@ -91,13 +92,15 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console) -> Eng
             model, description, dense = prepare(loaded.model, config)
             name, tokenizer, architecture = loaded.name, loaded.tokenizer, loaded.config
             del loaded
+        devices = divided_over(config)
         runner = Runner(
             model,
             slots=config.max_slots,
             context=context,
             buckets=config.prefill_buckets,
             lone_program=jax.default_backend() == "cpu",
-            logits=cpu_logits if dense else Decoder.logits,
+            logits=gathered_logits if devices and model.head is not None else cpu_logits if dense else Decoder.logits,
+            devices=devices,
             greedy_program=jax.default_backend() == "gpu",
             compiler_options=command_buffer_options(config.command_buffers) if jax.default_backend() == "gpu" else None,
         )
@@ -158,6 +161,18 @@ def _context(config: ServeConfig, max_position: int) -> int:
     return config.max_context
 
 
+def divided_over(config: ServeConfig) -> list[jax.Device]:
+    """Give the devices that a model is divided over; none where one has it whole.
+
+    Raises:
+        ValueError: There are not as many.
+    """
+    found = jax.devices()
+    if config.tp > len(found):
+        raise ValueError(f"tp is {config.tp}, and there are {len(found)} devices")
+    return found[: config.tp] if config.tp > 1 else []
+
+
 def recovers(config: ServeConfig) -> bool:
     """Say whether to serve the calibrated demo model that comes with the package."""
     return config.model == DEMO and config.quantize == "auto" and config.group_size is None
@@ -166,7 +181,10 @@ def recovers(config: ServeConfig) -> bool:
 def prepare(model: Decoder, config: ServeConfig) -> tuple[Decoder, str, bool]:
     """Quantize and lay out the weights for serving; says what was done, and whether they are dense ones on a CPU."""
     cpu = jax.default_backend() == "cpu"
-    expand = config.weights == "expanded" or (config.weights == "auto" and cpu)
+    devices = divided_over(config)
+    if devices and config.weights == "expanded":
+        raise ValueError(f"tp {config.tp} divides int4 weights, and --weights expanded leaves none")
+    expand = config.weights == "expanded" or (config.weights == "auto" and cpu and not devices)
     description = f"{jnp.dtype(model.dtype).name} weights as loaded"
     int4 = isinstance(model.layer(0).qkv.weight, QuantTensor)
     if int4:
@@ -183,11 +201,14 @@ def prepare(model: Decoder, config: ServeConfig) -> tuple[Decoder, str, bool]:
         model = quantize_tables(model)
     compressed = int4 or config.embedding == "int8"
     expand = expand and compressed
-    dense = cpu and model.dtype == jnp.float32 and (expand or not compressed)
+    dense = cpu and not devices and model.dtype == jnp.float32 and (expand or not compressed)
     if expand:
         description += f", expanded to {jnp.dtype(model.dtype).name}"
         model = expand_tables(model, model.dtype) if dense else expand_model(model, model.dtype)
-    if dense:
+    if devices:
+        model = divide(model, devices, lay_out)
+        description += f", divided over {len(devices)} devices"
+    elif dense:
         model = lay_out_for_cpu(model)
     elif cpu:
         model = unstack(model)

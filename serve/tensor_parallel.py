@@ -1,17 +1,21 @@
 """A model divided among devices by heads and by the MLP's features; each device holds a smaller model of its own."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from pallas_kernels.int4_matmul import Compensator, compensator_coordinates, gated_coordinates, int4_matmul
 from spear_jax.config import ModelConfig
-from spear_jax.models.decoder import Decoder
+from spear_jax.models.decoder import MODULES, Decoder, unstack
 from spear_jax.nn.linear import Linear
-from spear_jax.quant import QuantTensor
+from spear_jax.quant import CompensatorBank, QuantTensor
 
 AXIS = "tp"
 """Name of the axis of devices that a model is divided over."""
@@ -28,6 +32,103 @@ def part_of(config: ModelConfig, parts: int) -> ModelConfig:
         if getattr(config, name) % parts:
             raise ValueError(f"tp {parts} does not divide {name} {getattr(config, name)}")
     return dataclasses.replace(config, **{name: getattr(config, name) // parts for name in counts})
+
+
+def part(model: Decoder, index: int, *, parts: int) -> Decoder:
+    """Take one device's part of an int4 model of stacked layers: of heads, of the MLP's features, of the head's rows.
+
+    Raises:
+        ValueError: The model cannot be divided so.
+    """
+    config, h = model.config, model.config.head_dim
+    own = model.replace()
+    own.config = own.layers.config = part_of(config, parts)
+    outputs = {
+        "qkv": [config.num_heads * h, config.num_kv_heads * h, config.num_kv_heads * h],
+        "gate_up": [config.intermediate_size] * 2,
+    }
+
+    def share(array: Array, axis: int) -> Array:
+        if array.shape[axis] % parts:
+            raise ValueError(f"tp {parts} does not divide {array.shape[axis]} of {list(array.shape)}")
+        return jnp.split(array, parts, axis=axis)[index]
+
+    def rows(array: Array, sizes: list[int], axis: int) -> Array:
+        pieces = jnp.split(array, np.cumsum(sizes)[:-1], axis=axis)
+        return jnp.concatenate([share(piece, axis) for piece in pieces], axis=axis)
+
+    for name in MODULES:
+        linear = getattr(model.layers, name)
+        weight, bias = linear.weight, None if linear.bias is None else linear.bias[...]
+        if not isinstance(weight, QuantTensor):
+            raise ValueError(f"only int4 models are divided: {name} is {weight.dtype}")
+        if name in outputs:
+            weight, bias = jax.tree.map(lambda array, sizes=outputs[name]: rows(array, sizes, 1), (weight, bias))
+        else:  # codes, and what there is for each group of them, go by inputs
+            weight = jax.tree.map(lambda array: share(array, 2) if array.shape[2] > 1 else array, weight)
+        setattr(own.layers, name, Linear(weight, bias))
+    banks = {}
+    for name, bank in model.compensators.items():
+        plain = jax.tree.map(lambda v: v[...], bank, is_leaf=lambda v: isinstance(v, nnx.Variable))
+        if name in outputs:
+            plain.bt = rows(plain.bt, outputs[name], 1)
+        else:
+            plain.a = share(plain.a, 1)
+        factors = {field: getattr(plain, field) for field in ("a", "bt", "a_scale", "bt_scale", "gate")}
+        banks[name] = CompensatorBank(bank.ranks, **factors)
+    head = None if model.head is None else jax.tree.map(lambda array: share(array, 0), model.head)
+    return own.replace(compensators=nnx.Dict(banks), head=head)
+
+
+def divide(model: Decoder, devices: Sequence[jax.Device], lay_out: Callable[[Decoder], Decoder]) -> Decoder:
+    """Divide an int4 model of stacked layers among devices; arrays get a leading axis, which lies on them.
+
+    Raises:
+        ValueError: The model cannot be divided so.
+    """
+    count, shards = len(devices), []
+    for index, device in enumerate(devices):
+        laid_out = lay_out(part(model, index, parts=count))
+        separate = laid_out if isinstance(laid_out.layers, nnx.List) else unstack(laid_out)
+        shards.append(jax.device_put(jax.tree.map(lambda leaf: leaf[None], divide_rows(separate, parts=count)), device))
+    place = _along(devices)
+
+    def together(*leaves: Array) -> Array:
+        shape = (count, *leaves[0].shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, place, list(leaves))
+
+    return jax.tree.map(together, *shards)
+
+
+def on_all(make: Callable[[], Any], devices: Sequence[jax.Device]) -> Any:
+    """Make the same arrays on each device, along a leading axis."""
+    return jax.jit(
+        lambda: jax.tree.map(lambda leaf: jnp.stack([leaf] * len(devices)), make()), out_shardings=_along(devices)
+    )()
+
+
+def _along(devices: Sequence[jax.Device]) -> NamedSharding:
+    return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
+
+
+def on_each(step: Callable[..., Any], devices: Sequence[jax.Device]) -> Callable[..., Any]:
+    """Run `step(leaves, state, ...)` on each device with its own leaves and state, which lie along a leading axis.
+
+    All get the same further arguments and compute the same first result.
+    """
+    own, same = PartitionSpec(AXIS), PartitionSpec()
+
+    def one(leaves: Any, state: Any, *rest: Any) -> Any:
+        leaves, state = jax.tree.map(lambda leaf: leaf[0], (leaves, state))
+        first, state = step(leaves, state, *rest)
+        return first, jax.tree.map(lambda leaf: leaf[None], state)
+
+    def run(leaves: Any, state: Any, *rest: Any) -> Any:
+        specs = {"in_specs": (own, own, *(same for _ in rest)), "out_specs": (same, own)}
+        mesh = Mesh(np.array(devices), (AXIS,))
+        return jax.shard_map(one, mesh=mesh, check_vma=False, **specs)(leaves, state, *rest)
+
+    return run
 
 
 class RowParallel(nnx.Module):

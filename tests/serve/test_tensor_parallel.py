@@ -1,27 +1,31 @@
 """Parts of a model on several devices compute together what the whole does; `vmap` stands for the devices."""
 
-import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from pallas_kernels.int4_matmul import Gate
-from serve.tensor_parallel import AXIS, RowParallel, divide_rows, gathered_logits, part_of
+from serve.tensor_parallel import AXIS, RowParallel, divide_rows, gathered_logits, part, part_of
 from spear_jax.models.decoder import Decoder, unstack
 from spear_jax.models.quantize import quantize_model
 from spear_jax.nn.linear import Linear
-from spear_jax.quant import CompensatorBank, QuantSpec, QuantTensor
+from spear_jax.quant import CompensatorBank, QuantSpec
 from spear_jax.testing import assert_close, random_weights, tiny_config
 
 PARTS = 2
 
 
-def quantized() -> Decoder:
-    config = tiny_config(tie_embeddings=False)
-    model = quantize_model(Decoder.from_weights(config, random_weights(config), dtype=jnp.float32), QuantSpec())
+def quantized(spec: QuantSpec | None = None, **sizes: int) -> Decoder:
+    config = tiny_config(tie_embeddings=False, **sizes)
+    model = Decoder.from_weights(config, random_weights(config), dtype=jnp.float32)
+    model = quantize_model(model, QuantSpec() if spec is None else spec)
     rng = np.random.default_rng(0)
 
     def draw(*shape: int) -> jax.Array:
@@ -34,46 +38,15 @@ def quantized() -> Decoder:
     return model
 
 
-def rows_of(array: jax.Array, sizes: list[int], index: int, axis: int) -> jax.Array:
-    """Give a device's share of each of several pieces that lie one after another."""
-    pieces = jnp.split(array, np.cumsum(sizes)[:-1], axis=axis)
-    return jnp.concatenate([jnp.split(piece, PARTS, axis=axis)[index] for piece in pieces], axis=axis)
-
-
-def part(whole: Decoder, index: int) -> Decoder:
-    config, h = whole.config, whole.config.head_dim
-    outputs = {
-        "qkv": [config.num_heads * h, config.num_kv_heads * h, config.num_kv_heads * h],
-        "gate_up": [config.intermediate_size] * 2,
-    }
-    model = whole.replace()
-    model.config = model.layers.config = part_of(config, PARTS)
-    for name in ("qkv", "gate_up", "o", "down"):
-        weight = getattr(whole.layers, name).weight
-        if name in outputs:
-            weight = QuantTensor(
-                packed=rows_of(weight.packed, outputs[name], index, 1),
-                scale=rows_of(weight.scale, outputs[name], index, 1),
-            )
-        else:
-            weight = dataclasses.replace(weight, packed=jnp.split(weight.packed, PARTS, axis=2)[index])
-        setattr(model.layers, name, Linear(weight))
-    banks = {}
-    for name, bank in whole.compensators.items():
-        a, bt = bank.a[...], bank.bt[...]
-        if name in outputs:
-            bt = rows_of(bt, outputs[name], index, 1)
-        else:
-            a = jnp.split(a, PARTS, axis=1)[index]
-        gate = jax.tree.map(lambda v: v[...], bank.gate, is_leaf=lambda v: isinstance(v, nnx.Variable))
-        banks[name] = CompensatorBank(bank.ranks, a, bt, gate=gate)
-    head = nnx.Param(jnp.split(whole.head[...], PARTS)[index])
-    return divide_rows(unstack(model.replace(compensators=nnx.Dict(banks), head=head)), parts=PARTS)
+def separate(own: Decoder) -> Decoder:
+    return divide_rows(unstack(own), parts=PARTS)
 
 
 def test_parts_compute_what_the_whole_does():
     whole, tokens = quantized(), jnp.arange(12)[None]
-    parts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(part(whole, i) for i in range(PARTS)))
+    parts = jax.tree.map(
+        lambda *leaves: jnp.stack(leaves), *(separate(part(whole, i, parts=PARTS)) for i in range(PARTS))
+    )
 
     def run(model: Decoder) -> jax.Array:
         return gathered_logits(model, model(tokens)[0])
@@ -82,6 +55,41 @@ def test_parts_compute_what_the_whole_does():
     wanted = whole.logits(whole(tokens)[0])
     for own in logits:
         assert_close(own, wanted, relative=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_checkpoint_on_three_devices_gives_the_same_tokens(platform: str):
+    """Three, because SmolLM2-135M has nine heads and three key heads."""
+    root = Path(__file__).parents[2]
+    settings = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=3",
+        "JAX_PLATFORMS": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(root),
+    }
+    command = [sys.executable, str(Path(__file__).with_name("divided.py")), "8", platform]
+    done = subprocess.run(command, env=os.environ | settings, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout)
+    assert report["divided"] == report["whole"]
+    assert len(set(report["whole"])) > 3
+    assert report["description"].endswith("divided over 3 devices")
+
+
+def test_a_model_is_divided_as_it_is_stored():
+    """Groups of inputs go with their codes; what is no whole number of groups, or no int4, is refused."""
+    whole = quantized(QuantSpec(group_size=32, symmetric=False))
+    own = part(whole, 1, parts=PARTS).layers
+    np.testing.assert_array_equal(
+        own.down.weight.dequantize(), jnp.split(whole.layers.down.weight.dequantize(), 2, 2)[1]
+    )
+    with pytest.raises(ValueError, match="tp 2 does not divide 3 of"):
+        part(quantized(QuantSpec(group_size=32), intermediate_size=96), 0, parts=PARTS)
+    config = tiny_config()
+    dense = Decoder.from_weights(config, random_weights(config), dtype=jnp.float32)
+    with pytest.raises(ValueError, match="only int4 models are divided: qkv is float32"):
+        part(dense, 0, parts=PARTS)
 
 
 def test_what_cannot_be_divided_is_said():
