@@ -59,7 +59,7 @@ class Runner:
         greedy_program: bool = False,
         steps_per_call: int = 1,
         logits: Logits = Decoder.logits,
-        devices: Sequence[jax.Device] = (),
+        devices: Sequence[Any] = (),
         compiler_options: Mapping[str, str] | None = None,
     ):
         self.slots = slots
@@ -168,7 +168,7 @@ def _jit(
     step: Callable[..., tuple[Array, DeviceState]],
     *,
     logits: Logits,
-    devices: Sequence[jax.Device] = (),
+    devices: Sequence[Any] = (),
     options: Mapping[str, str] | None = None,
 ) -> Any:
     """Compile `step(model, logits, state, ...)` as a function of the model's arrays, with the state donated."""

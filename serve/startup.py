@@ -4,6 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.monitoring
@@ -161,7 +162,7 @@ def _context(config: ServeConfig, max_position: int) -> int:
     return config.max_context
 
 
-def divided_over(config: ServeConfig) -> list[jax.Device]:
+def divided_over(config: ServeConfig) -> list[Any]:
     """Give the devices that a model is divided over; none where one has it whole.
 
     Raises:

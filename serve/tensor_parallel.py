@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.int4_matmul import Compensator, compensator_coordinates, gated_coordinates, int4_matmul
 from spear_jax.config import ModelConfig
-from spear_jax.models.decoder import MODULES, Decoder, unstack
+from spear_jax.models.decoder import MODULES, Decoder, Layer, unstack
 from spear_jax.nn.linear import Linear
 from spear_jax.quant import CompensatorBank, QuantTensor
 
@@ -42,6 +42,7 @@ def part(model: Decoder, index: int, *, parts: int) -> Decoder:
     """
     config, h = model.config, model.config.head_dim
     own = model.replace()
+    assert isinstance(own.layers, Layer)
     own.config = own.layers.config = part_of(config, parts)
     outputs = {
         "qkv": [config.num_heads * h, config.num_kv_heads * h, config.num_kv_heads * h],
@@ -80,7 +81,7 @@ def part(model: Decoder, index: int, *, parts: int) -> Decoder:
     return own.replace(compensators=nnx.Dict(banks), head=head)
 
 
-def divide(model: Decoder, devices: Sequence[jax.Device], lay_out: Callable[[Decoder], Decoder]) -> Decoder:
+def divide(model: Decoder, devices: Sequence[Any], lay_out: Callable[[Decoder], Decoder]) -> Decoder:
     """Divide an int4 model of stacked layers among devices; arrays get a leading axis, which lies on them.
 
     Raises:
@@ -100,18 +101,18 @@ def divide(model: Decoder, devices: Sequence[jax.Device], lay_out: Callable[[Dec
     return jax.tree.map(together, *shards)
 
 
-def on_all(make: Callable[[], Any], devices: Sequence[jax.Device]) -> Any:
+def on_all(make: Callable[[], Any], devices: Sequence[Any]) -> Any:
     """Make the same arrays on each device, along a leading axis."""
     return jax.jit(
         lambda: jax.tree.map(lambda leaf: jnp.stack([leaf] * len(devices)), make()), out_shardings=_along(devices)
     )()
 
 
-def _along(devices: Sequence[jax.Device]) -> NamedSharding:
+def _along(devices: Sequence[Any]) -> NamedSharding:
     return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
 
 
-def on_each(step: Callable[..., Any], devices: Sequence[jax.Device]) -> Callable[..., Any]:
+def on_each(step: Callable[..., Any], devices: Sequence[Any]) -> Callable[..., Any]:
     """Run `step(leaves, state, ...)` on each device with its own leaves and state, which lie along a leading axis.
 
     All get the same further arguments and compute the same first result.

@@ -96,8 +96,10 @@ def paged_decode_mosaic_tpu(
     new = {"k_new": k.astype(k_pages.dtype), "v_new": qkv[:, -kv_heads:].astype(k_pages.dtype)}
     places = (page_table, lengths, lengths - 1, window)
     options = {"scale": scale, "config": config, "interpret": interpret}
-    out, *pages = _attend(q[:, None], {"k_pages": k_pages, "v_pages": v_pages}, (None, None), places, new, **options)
-    return out[:, 0], *pages
+    out, keys, values = _attend(
+        q[:, None], {"k_pages": k_pages, "v_pages": v_pages}, (None, None), places, new, **options
+    )
+    return out[:, 0], keys, values
 
 
 def paged_write_mosaic_tpu(
@@ -224,11 +226,11 @@ def _attend(
         "total": of_head,
         "sums": pltpu.VMEM((heads, config.rows, h), _F32),
     }
-    names = [*operands, *out, *scratch]
+    names = ["table", "lengths", "starts", "window", *operands, *out, *scratch]
 
     def kernel(*refs: Any) -> None:
-        scalars, named = refs[:_SCALARS], dict(zip(names, refs[_SCALARS:], strict=True))
-        Attention(*scalars, named, tokens=t, group=group, scale=scale, windowed=window is not None).run()
+        named = dict(zip(names, refs, strict=True))
+        Attention(named, tokens=t, group=group, scale=scale, windowed=window is not None).run()
 
     attended, *written = pl.pallas_call(
         kernel,

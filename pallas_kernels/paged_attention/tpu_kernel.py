@@ -24,11 +24,9 @@ class Attention:
     a sequence, `k_new` and `v_new`, they go into their places in vector memory, and from there to their page.
     """
 
-    def __init__(
-        self, table: Any, lengths: Any, starts: Any, window: Any, refs: dict[str, Any],
-        *, tokens: int, group: int, scale: float, windowed: bool,
-    ) -> None:  # fmt: skip
-        self.table, self.lengths, self.starts, self.window, self.refs = table, lengths, starts, window, refs
+    def __init__(self, refs: dict[str, Any], *, tokens: int, group: int, scale: float, windowed: bool) -> None:
+        self.refs, self.table = refs, refs["table"]
+        self.lengths, self.starts, self.window = refs["lengths"], refs["starts"], refs["window"]
         self.tokens, self.group, self.scale, self.windowed = tokens, group, scale, windowed
         self.q, self.out = refs["q"], refs["out"]
         # Pages that are written are read there too: what was given and what is given back is the same memory.
@@ -40,10 +38,11 @@ class Attention:
     def run(self) -> None:
         """Do all that is to be done."""
         refs, turn_of = self.refs, self.refs["turn_of"]
-        (core, place, block), (_, places, blocks) = ([f(i) for i in range(3)] for f in (pl.program_id, pl.num_programs))
+        core, place, block = (pl.program_id(axis) for axis in range(3))
+        places, blocks = pl.num_programs(1), pl.num_programs(2)
         sequence = core * places + place
         keys = self._seen(sequence, block)
-        *_, first, tiles = keys
+        first, tiles = keys[2:]
         is_last = (place == places - 1) & (block == blocks - 1)
         ended = block == blocks - 1
         following = jnp.where(ended & ~is_last, sequence + 1, sequence), jnp.where(ended, 0, block + 1)
@@ -90,7 +89,7 @@ class Attention:
             weight = total[head, :, :1]
             self.out[head] = (sums[head] / jnp.where(weight == 0, 1.0, weight)).astype(self.out.dtype)
 
-    def _seen(self, sequence: Array, block: Array) -> tuple[Array, Array, Array, Array]:
+    def _seen(self, sequence: Any, block: Any) -> tuple[Array, Array, Array, Array]:
         """Give the first key that some row of a block sees, the end of them, and the tiles that hold them."""
         start = self.starts[sequence]
         first_token = _div(block * self.rows, self.group)
@@ -99,9 +98,9 @@ class Attention:
         begin = jnp.maximum(start + first_token - self.window[0] + 1, 0) if self.windowed else jnp.int32(0)
         return begin, end, _div(begin, self.tile), _div(end + self.tile - 1, self.tile)
 
-    def _transfer(self, sequence: Array, keys: tuple, turn: Array, slot: Array | int, action: str) -> None:
+    def _transfer(self, sequence: Any, keys: tuple, turn: Array, slot: Any, action: str) -> None:
         """Start the copies of a tile, or wait for them: of the pages alone that hold a key which is seen."""
-        begin, end, *_ = keys
+        begin, end = keys[:2]
 
         @pl.loop(0, self.pieces)
         def _(piece: Array) -> None:
@@ -113,7 +112,7 @@ class Attention:
                     source, target = pages.at[self.table[sequence, entry]], buffer.at[slot, piece]
                     getattr(pltpu.make_async_copy(source, target, self.refs["arrived"].at[i, slot]), action)()
 
-    def _append(self, sequence: Array, turn: Array, slot: Array) -> None:
+    def _append(self, sequence: Any, turn: Array, slot: Array) -> None:
         """Put the last key and value into the tile that is there, and send the rows around them to their page."""
         piece, row, lines = self._place(sequence, turn)
         for new, buffer in zip((self.refs["k_new"], self.refs["v_new"]), self.buffers, strict=True):
@@ -125,7 +124,7 @@ class Attention:
         for copy in self._written(sequence, turn, slot):
             copy.start()
 
-    def _written(self, sequence: Array, turn: Array, slot: Array) -> list[Any]:
+    def _written(self, sequence: Any, turn: Array, slot: Array) -> list[Any]:
         piece, _, lines = self._place(sequence, turn)
         number = self.table[sequence, turn * self.pieces + piece]
         return [
@@ -135,14 +134,14 @@ class Attention:
             for i, (pages, buffer) in enumerate(zip(self.pages, self.buffers, strict=True))
         ]
 
-    def _place(self, sequence: Array, turn: Array) -> tuple[Array, Array, Any]:
+    def _place(self, sequence: Any, turn: Array) -> tuple[Array, Array, Any]:
         """Give the piece of a tile that holds a sequence's last key, its row there, and the rows that move with it."""
         position = self.lengths[sequence] - 1 - turn * self.tile
         row = jax.lax.rem(position, self.page)
         lines = pl.multiple_of(_div(row, PAGE_STEP) * PAGE_STEP, PAGE_STEP)
         return _div(position, self.page), row, pl.ds(lines, PAGE_STEP)
 
-    def _attend(self, sequence: Array, keys_seen: tuple, turn: Array, slot: Array) -> None:
+    def _attend(self, sequence: Any, keys_seen: tuple, turn: Array, slot: Array) -> None:
         begin, end, *_ = keys_seen
         refs, scale = self.refs, self.scale
         top, total, sums = (refs[name] for name in ("top", "total", "sums"))

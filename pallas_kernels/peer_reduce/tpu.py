@@ -72,7 +72,7 @@ def peer_reduce_mosaic_tpu(
     fixed = {"weight": weight.astype(_F32)[None]}
     if compensator is not None:
         fixed |= {f"update_{name}": array for name, array in _update_operands(compensator).items()}
-    out = dict.fromkeys(("x", "h"), jax.ShapeDtypeStruct((m, n), residual.dtype))
+    out = {name: jax.ShapeDtypeStruct((m, n), residual.dtype) for name in ("x", "h")}
     if following is not None:
         fixed |= coordinate_operands(following)
         out["z"] = jax.ShapeDtypeStruct((m, following.rank), _F32)

@@ -62,7 +62,7 @@ def glu_project_mosaic_tpu(
     """
     rows = gate_up.reshape(-1, gate_up.shape[-1])
     out = _tail("glu", rows, None, None, compensator, activation=activation, interpret=interpret)
-    return _with_axes(out["x"], gate_up), _with_axes(out.get("z"), gate_up)
+    return out["x"].reshape(*gate_up.shape[:-1], -1), _with_axes(out.get("z"), gate_up)
 
 
 def _with_axes(rows: Array | None, like: Array) -> Array | None:
