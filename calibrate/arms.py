@@ -8,6 +8,7 @@ from calibrate.damage import Strategy
 from calibrate.quantizers import Quantizer
 from calibrate.student import GateConfig
 from calibrate.train import TrainConfig
+from spear_jax.quant import Bits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,7 @@ class Arm:
     `zero` and `joint` list groups of zero-byte parameters joined by "+" ("scales+norms+codes"): those of `zero` are
     trained before there are compensators, those of `joint` along with them. `pool` is the text to train on: all of it,
     or only what was sampled from the model. `local_steps` train factors against the errors of their own modules first.
-    `bits` below eight only tries what factors of fewer bits would be worth.
+    `bits` are those of a factor's codes, 8 or 4.
     """
 
     name: str = "arm"
@@ -33,7 +34,7 @@ class Arm:
     gate: GateConfig = dataclasses.field(default_factory=lambda: GateConfig(form="static"))
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     int8: bool = True
-    bits: int = 8
+    bits: Bits = 8
     local_steps: int = 0
     pool: Literal["all", "sampled"] = "all"
     seed: int = 0

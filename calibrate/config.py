@@ -11,10 +11,10 @@ import yaml
 from calibrate.damage import Strategy
 from calibrate.quantizers import Quantizer
 from calibrate.student import GateConfig, GateForm
-from calibrate.train import TrainConfig
+from calibrate.train import Initial, TrainConfig
 from spear_jax.cli import parse_flags
 from spear_jax.config import load_yaml
-from spear_jax.quant import QuantSpec
+from spear_jax.quant import Bits, QuantSpec
 
 type ZeroByteGroup = Literal["scales", "ranges", "norms", "codes"]
 
@@ -79,6 +79,9 @@ class CalibrateConfig:
     max_rank: int = 16
     """Highest rank of a compensator."""
 
+    factor_bits: Bits = 8
+    """Bits of a compensator's factors, as stored; at equal bytes, 4 buys twice the rank. In memory they take 8."""
+
     gate: GateForm = "published"
     """Gate of the compensators. static: none. published: 1 + tanh(MLP(z)). linear: without tanh. shift: z + MLP(z)."""
 
@@ -123,6 +126,11 @@ class CalibrateConfig:
 
     zero_steps: int = 400
     """Steps of that."""
+
+    initial: Initial = "svd"
+    """Where compensators start. svd: at the whitened SVD of the weight errors. zero: with its A and steps of its B's
+    size, but B at zero, so at the base itself. The SVD mends the error of each module, and may start worse than a base
+    that zero-byte training fitted to the error of the whole."""
 
     local_steps: int = 0
     """Steps of training each compensator, rounded to int8, against the error of its own module before all are trained
@@ -219,6 +227,8 @@ class CalibrateConfig:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
         if self.placement in ("cka", "gain") and self.budget and not self.damage_sequences:
             raise ValueError(f"placement {self.placement} needs damage_sequences of at least 1, got 0")
+        if self.initial == "zero" and self.local_steps:
+            raise ValueError(f"initial zero throws away what local_steps train: expected 0, got {self.local_steps}")
         for name in ("zero_byte", "joint"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name} names a group twice: {', '.join(getattr(self, name))}")

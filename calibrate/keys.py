@@ -33,7 +33,7 @@ def stage_keys(c: CalibrateConfig, *paths: Path, dtype: str) -> dict[str, Key]:
         keys["zero-byte"] = keys["quantize"].then(groups=c.zero_byte, train=_relevant(c.zero_config, c.zero_byte))
     keys["damage"] = keys["zero-byte"].then(**pick("damage_sequences"))
     for twin, gate in (("", c.gate_config), ("static ", GateConfig(form="static"))):
-        settings = pick("placement", "latency_aware", "flatten", "max_rank", "budget", "joint", "seed")
+        settings = pick("placement", "latency_aware", "flatten", "max_rank", "budget", "factor_bits", "joint", "seed")
         initial = keys["damage"].then(gate=dataclasses.asdict(gate), **settings)
         local = initial.then(**pick("local_steps")) if c.local_steps else initial
         groups = ("factors", *(() if gate.form == "static" else ("gates",)), *c.joint)
@@ -55,4 +55,6 @@ def _relevant(config: TrainConfig, groups: Sequence[str]) -> dict[str, Any]:
     """Give the settings of training that matter to some groups of parameters: no rate of another."""
     rates = config.rates()
     values = {name: value for name, value in dataclasses.asdict(config).items() if not name.endswith("_rate")}
+    if "factors" not in groups:
+        del values["initial"]
     return values | {"final_rate": config.final_rate, "rates": {group: rates[group] for group in groups}}

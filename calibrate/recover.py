@@ -45,6 +45,7 @@ def save_params(path: Path, params: Params, ranks: dict[str, tuple[int, ...]], m
         for key, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
     flat |= {f"ranks.{name}": np.asarray(values) for name, values in ranks.items()}
+    flat |= {f"bits.{name}": np.asarray(bank.bits) for name, bank in model.compensators.items()}
     for name in ranks:
         weight = getattr(model.layers, name).weight
         flat |= {f"stored.{name}.scale": np.asarray(weight.scale.astype(jnp.float32))}
@@ -70,7 +71,8 @@ def recovery_arrays(exact: Decoder, saved: dict[str, np.ndarray]) -> dict[str, n
     for name in MODULES:
         if f"factors.{name}.a" in saved:
             factors = (jnp.asarray(saved[f"factors.{name}.{part}"]) for part in ("a", "bt"))
-            bank = CompensatorBank(tuple(saved[f"ranks.{name}"].tolist()), *factors).to_int8()
+            bank = CompensatorBank(tuple(saved[f"ranks.{name}"].tolist()), *factors)
+            bank = bank.to_int8(bits=4 if saved.get(f"bits.{name}") == 4 else 8)
             arrays |= {f"{name}.{part}": np.asarray(getattr(bank, part)[...]) for part in FACTORS}
             arrays[f"{name}.ranks"] = saved[f"ranks.{name}"]
     return arrays

@@ -332,6 +332,7 @@ class Workshop:
                 max_rank=config.max_rank,
                 seed=config.seed,
                 flatten=config.flatten,
+                bits=config.factor_bits,
                 low_ranks=low_ranks,
                 latency=latency,
             )
@@ -362,7 +363,7 @@ class Workshop:
         """Train compensators with a gate, locally and then end to end; give the model as stored."""
         keys = {name: self.keys[f"static {name}" if twin else name] for name in ("initial", "local", "train")}
         ranks, params = self.initial(gate, keys["initial"])
-        student = Student(ranks=ranks, gate=gate)
+        student = Student(ranks=ranks, gate=gate, bits=self.config.factor_bits)
         params = self._locally(student, params, keys["local"])
         stage = "train static" if twin else "train"
         trained = self._train(stage, keys["train"], self.base, student, params, self.config.train_config)

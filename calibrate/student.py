@@ -15,7 +15,7 @@ from calibrate.weights import int4_weight, with_weights
 from pallas_kernels.int4_matmul import Compensator, Gate, gated_coordinates
 from spear_jax.models.decoder import MODULES, NORMS, Decoder
 from spear_jax.nn.linear import Linear, RMSNorm
-from spear_jax.quant import CompensatorBank, QuantTensor
+from spear_jax.quant import Bits, CompensatorBank, QuantTensor
 
 type Params = dict[str, Any]
 """Trainable parameters by group: "factors", "gates", "scales", "ranges", "norms", "codes"."""
@@ -201,7 +201,7 @@ def _round_through(values: Array) -> Array:
 def _levels_through(rows: Float[Array, "*T F"], *, top: int) -> Float[Array, "*T F"]:
     """Round rows to levels -top .. top of their largest value, passing gradients straight through.
 
-    With `top` 127 these are the values that `CompensatorBank.to_int8` stores.
+    With `top` 127, or 7 for four bits, these are the values that `CompensatorBank.to_int8` stores.
     """
     scale = jnp.maximum(jnp.max(jnp.abs(rows), axis=-1, keepdims=True) / top, 1e-12)
     return rows + jax.lax.stop_gradient(jnp.round(rows / scale) * scale - rows)
@@ -211,13 +211,17 @@ def _levels_through(rows: Float[Array, "*T F"], *, top: int) -> Float[Array, "*T
 class Student:
     """How trainable parameters change a base; everything here is static but the arrays handed to `assemble`.
 
-    `bits` below eight rounds factors to that many bits, to see what they would be worth: they are stored in int8 still.
+    Factors are rounded to codes of `bits`, 8 or 4, as they are stored; not at all without `int8`, for a trial.
     """
 
     ranks: dict[str, tuple[int, ...]]
     gate: GateConfig
     int8: bool = True
-    bits: int = 8
+    bits: Bits = 8
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ValueError(f"factors are of 4 or 8 bits, got {self.bits}")
 
     def assemble(self, base: Decoder, dense: dict[str, Array], params: Params) -> Decoder:
         """Build the dense model that the parameters stand for; differentiable.
@@ -273,7 +277,7 @@ class Student:
         return codes * _columns(scale, codes)
 
     def banks(self, params: Params) -> dict[str, CompensatorBank]:
-        """Build the compensators in float32, rounded to int8 values if they are to be stored so."""
+        """Build the compensators in float32, rounded to the values that are stored."""
         top = 2 ** (self.bits - 1) - 1
         through = functools.partial(_levels_through, top=top) if self.int8 else lambda rows: rows
         banks = {}
@@ -290,7 +294,7 @@ class Student:
         return banks
 
     def finish(self, base: Decoder, params: Params, *, exact: Decoder | None = None) -> Decoder:
-        """Build the model to store: `QuantTensor` linears, norms in their own type, int8 factors, bfloat16 gates.
+        """Build the model to store: `QuantTensor` linears, norms in their own type, rounded factors, bfloat16 gates.
 
         `exact`, the float model of the base, is needed with "ranges".
         """
@@ -316,5 +320,5 @@ class Student:
             gain = (norm.weight[...].astype(jnp.float32) * (1 + delta)).astype(norm.weight.dtype)
             setattr(owner, name, RMSNorm(gain, eps=norm.eps))
         for name, bank in self.banks(params).items():
-            model.compensators[name] = bank.to_int8(gate_dtype=jnp.bfloat16) if self.int8 else bank
+            model.compensators[name] = bank.to_int8(bits=self.bits, gate_dtype=jnp.bfloat16) if self.int8 else bank
         return model

@@ -5,7 +5,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from calibrate.student import Params, Student
 from calibrate.weights import dense_weights
 from spear_jax.models.decoder import Decoder
 
+type Initial = Literal["svd", "zero"]
+"""Where compensators start: at the whitened SVD of the weight errors, or with its A and a B of zero."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -28,11 +31,13 @@ class TrainConfig:
 
     Learning rates are peaks, as a fraction of each parameter's natural size (`Student.units`); `warmup` and `held_out`
     are shares of the steps and of the sequences. `ema` above zero averages parameters with that decay. `patience` is
-    how many evaluations in a row may be no better before training stops; 0 never stops early.
+    how many evaluations in a row may be no better before training stops; 0 never stops early. `initial` "zero" takes
+    A and the size of B's steps from the factors that training is given, and B starts at zero: the student at its base.
     """
 
     steps: int = 400
     batch_size: int = 16
+    initial: Initial = "svd"
     factor_rate: float = 1e-2
     gate_rate: float = 1e-2
     scale_rate: float = 2e-3
@@ -56,6 +61,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training's {name} must be at least 1, got {getattr(self, name)}")
+        if self.initial not in ("svd", "zero"):
+            raise ValueError(f"training's initial must be svd or zero, got {self.initial!r}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if not 0 < self.held_out < 1:
@@ -217,6 +224,9 @@ class Trainer:
         # Steps give their input's memory away, which must not be the caller's.
         params = jax.tree.map(jnp.array, params)
         self.optimizer = make_optimizer(self.config, params, self.student.units(params))
+        if self.config.initial == "zero":
+            for factors in params.get("factors", {}).values():
+                factors["bt"] = jnp.zeros_like(factors["bt"])
         state = TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,

@@ -249,7 +249,7 @@ class Workbench:
                 )
         low_ranks = self._low_ranks[base_key]
         budget = int(arm.budget * w4_bytes)
-        ranks, placed, diagnosis = choose_ranks(
+        ranks, _, diagnosis = choose_ranks(
             errors, moments, damage, budget=budget, strategy=arm.placement, gate=arm.gate, max_rank=arm.max_rank,
             seed=arm.seed, flatten=arm.flatten, bits=arm.bits, low_ranks=low_ranks,
         )  # fmt: skip
@@ -271,7 +271,7 @@ class Workbench:
         model = student.finish(base, params, exact=start.exact)
         if self.config.save is not None:
             save_params(self.config.save / f"{arm.name}.npz", params, ranks, model)
-        nbytes = placed.nbytes if arm.bits < 8 else sum(bank.nbytes for bank in model.compensators.values())
+        nbytes = sum(bank.nbytes for bank in model.compensators.values())
         linears = weight_bytes({name: getattr(base.layers, name).weight for name in ranks})
         return model, {
             "initial": initial,

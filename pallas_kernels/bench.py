@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import bench_peers, tables
+from pallas_kernels import bench_peer_reduce, bench_peers, tables
 from pallas_kernels.int4_matmul import Compensator, int4_matmul
 from pallas_kernels.int4_matmul.gpu import choose_config, int4_matmul_mosaic_gpu
 from pallas_kernels.packing import RANK_STEP, SIDE, factor_to_fragments
@@ -285,7 +285,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pallas_kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("operation", choices=["int4_matmul"])
+    parser.add_argument("operation", choices=["int4_matmul", "peer_reduce"], help="peer_reduce: flags of its own")
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES), help="models, in order")
     parser.add_argument("--weights", nargs="*", help="names of weights, of all by default")
     parser.add_argument("--rows", type=int, nargs="*", default=list(ROWS), help="rows of x, in order")
@@ -307,6 +307,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Run the command line."""
+    if sys.argv[1:2] == ["peer_reduce"]:
+        bench_peer_reduce.main(sys.argv[2:])
+        return
     parser = _parser()
     flags = parser.parse_args()
     begin = time.monotonic()

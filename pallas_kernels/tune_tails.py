@@ -41,13 +41,16 @@ def tune_norm(m: int, k: int, rank: int, *, threads: int) -> dict[str, Any]:
     a = jax.random.randint(jax.random.key(2), (rank, k), -127, 128, jnp.int8) if rank else None
     scale = jnp.full((rank,), k**-0.5 / 64) if rank else None
 
-    def call(pair: jax.Array, weight: Any, a: Any, scale: Any, **cut: int) -> dict[str, jax.Array]:
-        operands = (*pair, weight, a, scale)
-        return tail_hopper("norm", *operands, eps=_EPS, z_dtype=jnp.bfloat16, overlap=False, **cut)
+    def call(pair: jax.Array, weight: Any, a: Any, scale: Any, **cut: Any) -> dict[str, jax.Array]:
+        first, update = pair
+        return tail_hopper(
+            "norm", first, update, weight, a, scale, eps=_EPS, z_dtype=jnp.bfloat16, overlap=False, **cut
+        )
 
     def reference(pair: jax.Array, weight: Any, a: Any, scale: Any) -> dict[str, jax.Array]:
         compensator = None if a is None else Compensator(a=a, a_scale=scale, bt=jnp.zeros((rank, 64), jnp.int8))
-        x, h, z = rmsnorm_project(*pair, weight, eps=_EPS, compensator=compensator, implementation="xla")
+        first, update = pair
+        x, h, z = rmsnorm_project(first, update, weight, eps=_EPS, compensator=compensator, implementation="xla")
         return {"x": x, "h": h} | ({} if z is None else {"z": z})
 
     wanted = jax.device_get(jax.jit(reference)(rows[0], weight, a, scale))

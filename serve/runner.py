@@ -76,7 +76,7 @@ class Runner:
         self._decode_greedy = compiled(_repeated(greedy_step, steps_per_call)) if greedy_program else None
         self._decode_one = compiled(_decode_one) if lone_program and slots > 1 else None
         self._random = np.zeros(slots, bool)
-        self._active = np.ones(slots, bool), jnp.ones(slots, bool)
+        self._active = np.ones(slots, bool), jax.device_put(np.ones(slots, bool))
 
     @property
     def num_programs(self) -> int:
@@ -107,9 +107,10 @@ class Runner:
             return token
         if not np.array_equal(active, self._active[0]):
             # Kept: with arguments that stay where they are XLA need not change its CUDA graphs.
-            self._active = active.copy(), jnp.array(active)
-        greedy = self._decode_greedy is not None and not (self._random & active).any()
-        program = self._decode_greedy if greedy else self._decode_all
+            active = active.copy()
+            self._active = active, jax.device_put(active)
+        draws = (self._random & active).any()
+        program = self._decode_all if draws or self._decode_greedy is None else self._decode_greedy
         token, self._state = program(self._leaves, self._state, self._active[1])
         return token
 
@@ -126,8 +127,8 @@ class Runner:
         if self._decode_one is not None:
             programs.append(("decode 1", self._decode_one, (np.int32(0),)))
         if self._decode_greedy is not None:
-            programs.append((f"greedy {self.slots}", self._decode_greedy, (jnp.ones(self.slots, bool),)))
-        programs.append((f"decode {self.slots}", self._decode_all, (jnp.ones(self.slots, bool),)))
+            programs.append((f"greedy {self.slots}", self._decode_greedy, (self._active[1],)))
+        programs.append((f"decode {self.slots}", self._decode_all, (self._active[1],)))
         leaves, state = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
             (self._leaves, self._state),

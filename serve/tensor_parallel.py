@@ -76,7 +76,7 @@ def part(model: Decoder, index: int, *, parts: int) -> Decoder:
         else:
             plain.a = share(plain.a, 1)
         factors = {field: getattr(plain, field) for field in ("a", "bt", "a_scale", "bt_scale", "gate")}
-        banks[name] = CompensatorBank(bank.ranks, **factors)
+        banks[name] = CompensatorBank(bank.ranks, **factors, bits=bank.bits)
     head = None if model.head is None else jax.tree.map(lambda array: share(array, 0), model.head)
     return own.replace(compensators=nnx.Dict(banks), head=head)
 

@@ -19,19 +19,20 @@ from flax import nnx
 from jaxtyping import Array
 
 from pallas_kernels.int4_matmul import Gate
+from pallas_kernels.packing import pack_int4, unpack_int4
 from spear_jax.atomic import MANIFEST, verify_manifest, writing_directory
 from spear_jax.config import ModelConfig, parse_mapping
 from spear_jax.models import DType, LoadedModel, activation_dtype
 from spear_jax.models.decoder import MODULES, Decoder, Layer, weight_shapes
 from spear_jax.nn.linear import Linear
-from spear_jax.quant import CompensatorBank, Int8Rows, QuantTensor
+from spear_jax.quant import Bits, CompensatorBank, Int8Rows, QuantTensor
 from spear_jax.tokenizer import tokenizer_from_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 1
-"""Version of the layout; checkpoints of a higher one are refused."""
+FORMAT = 2
+"""Version of the layout; checkpoints of a higher one are refused. 2: factors of 4 bits, which format 1 has not."""
 
 STORED_DTYPE = jnp.dtype(jnp.bfloat16)
 """What embedding and head are stored in, whatever the model was calibrated in."""
@@ -63,10 +64,14 @@ class ArrayLayout:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BankLayout:
-    """How one module's compensators are laid out: rank per layer, type of the factors, the arrays that a gate has."""
+    """How one module's compensators are laid out: rank per layer, type of the factors, the arrays that a gate has.
+
+    Factors of 4 `bits` are stored two codes in a byte, as int4 weights are.
+    """
 
     ranks: tuple[int, ...]
     int8: bool
+    bits: Bits = 8
     gate: dict[str, ArrayLayout] | None = None
     gate_form: Literal["tanh", "linear", "shift"] = "tanh"
 
@@ -108,7 +113,7 @@ def save_checkpoint(
 
     if isinstance(model.embed, Int8Rows) or isinstance(model.head, Int8Rows):
         raise ValueError("a checkpoint keeps embedding and head in bfloat16: round them to int8 after loading")
-    arrays = {key: _as_stored(key, leaf) for key, leaf in named_arrays(model)}
+    arrays = _as_stored(model)
     description = {
         "format": FORMAT,
         "writer": f"spear_jax {version('spear-jax')}",
@@ -152,7 +157,7 @@ def load_checkpoint(
     skeleton = _skeleton(info, source=str(path))
     first_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = {}
-    for key, leaf in named_arrays(skeleton):
+    for key, leaf in jax.eval_shape(_as_stored, skeleton).items():
         found = stored.pop(key, None)
         if found is None or found.shape != leaf.shape or _is_integer(found) != _is_integer(leaf):
             described = "missing" if found is None else f"{found.dtype}{list(found.shape)}"
@@ -165,6 +170,7 @@ def load_checkpoint(
     if stored:
         raise ValueError(f"{path}: arrays that the configuration does not name: {', '.join(sorted(stored)[:5])}")
     arrays: dict[str, Array] = ocp.load(os.path.abspath(path), target)  # type: ignore[assignment]
+    arrays |= {key: unpack_int4(arrays[key]) for key in _packed(skeleton)}
     model = jax.tree.unflatten(jax.tree.structure(skeleton), [arrays[key] for key, _ in named_arrays(skeleton)])
     with tempfile.TemporaryDirectory() as folder:
         for file, text in info.tokenizer.items():
@@ -192,9 +198,7 @@ def is_checkpoint(path: str | Path) -> bool:
 
 def component_bytes(model: Decoder) -> dict[Component, int]:
     """Count the bytes of a model by component, as a checkpoint stores them (embedding and head in bfloat16)."""
-    return _sum_components(
-        (key, jax.ShapeDtypeStruct(leaf.shape, _stored_dtype(key, leaf.dtype))) for key, leaf in named_arrays(model)
-    )
+    return _sum_components(jax.eval_shape(_as_stored, model).items())
 
 
 def named_arrays(tree: Any) -> list[tuple[str, Any]]:
@@ -231,12 +235,17 @@ def _follows_activations(key: str) -> bool:
     return _component(key) in ("embedding", "head")
 
 
-def _stored_dtype(key: str, dtype: Any) -> jnp.dtype:
-    return STORED_DTYPE if key in ("embed", "head") else jnp.dtype(dtype)
+def _as_stored(model: Decoder) -> dict[str, Array]:
+    arrays = dict(named_arrays(model))
+    arrays |= {key: arrays[key].astype(STORED_DTYPE) for key in ("embed", "head") if key in arrays}
+    return arrays | {key: pack_int4(arrays[key]) for key in _packed(model)}
 
 
-def _as_stored(key: str, leaf: Array) -> Array:
-    return leaf.astype(_stored_dtype(key, leaf.dtype))
+def _packed(model: Decoder) -> list[str]:
+    """Name the arrays whose codes are stored two in a byte, and are not in memory."""
+    banks = model.compensators.items()
+    four = [module for module, bank in banks if isinstance(bank, CompensatorBank) and bank.bits == 4]
+    return [f"compensators.{module}.{factor}" for module in four for factor in ("a", "bt")]
 
 
 def _is_integer(array: Any) -> bool:
@@ -264,7 +273,7 @@ def _bank_layout(bank: CompensatorBank) -> BankLayout:
             if isinstance(value, nnx.Variable)
         }
     form = "tanh" if bank.gate is None else bank.gate.form
-    return BankLayout(ranks=bank.ranks, int8=bank.a_scale is not None, gate=gate, gate_form=form)
+    return BankLayout(ranks=bank.ranks, int8=bank.a_scale is not None, bits=bank.bits, gate=gate, gate_form=form)
 
 
 def _skeleton(info: CheckpointInfo, *, source: str) -> Decoder:
@@ -307,6 +316,7 @@ def _bank(layout: BankLayout, n: int, k: int) -> CompensatorBank:
         a_scale=scale,
         bt_scale=scale,
         gate=gate,
+        bits=layout.bits,
     )
 
 

@@ -160,7 +160,10 @@ class _Kernel(Block):
         def finish(z, first):
             if self.peers is not None:
                 # All blocks of a row of clusters have them.
-                pl.when(lax.axis_index("n") == 0)(lambda: self._send(z, first, z_tile, self.n // SIDE, **refs))
+                number = refs["generation_inbox"][0]
+                pl.when(lax.axis_index("n") == 0)(
+                    lambda: self._send(z, first, z_tile, self.n // SIDE, number=number, **refs)
+                )
                 return
             z_tile.T[...] = plgpu.layout_cast(z.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.commit_smem()
@@ -174,6 +177,8 @@ class _Kernel(Block):
         config = self.config
         shared = {"code_ring": code_ring, "x_ring": x_ring, "full": full, "scale": scale, "zero": zero}
         self.fill(k_part, row_tile, **shared, **refs)
+        if self.peers is not None:  # early: it is far away
+            refs["number"] = refs["generation_inbox"][0]
         tile = lax.axis_index("n") * config.row_tiles + row_tile
         rows = pl.ds(tile * SIDE, SIDE)
 
@@ -317,10 +322,9 @@ class _Kernel(Block):
         plgpu.copy_smem_to_gmem(y_tile.at[row_tile], out.at[pl.ds(place, y.shape[1]), rows])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def _send(self, value, first, scratch, tile, *, y_inbox, z_inbox, flags_inbox, generation_inbox, **_) -> None:
+    def _send(self, value, first, scratch, tile, *, number, y_inbox, z_inbox, flags_inbox, **_) -> None:
         """Write 64 columns of y, or the coordinates as the tile after all those, into all inboxes, and say so."""
         assert self.peers is not None
-        number = generation_inbox[0]
         sum_ = Sum(number=number, axis=self.peers.axis, devices=self.peers.devices, columns=self.n)
         scratch.T[...] = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()

@@ -10,6 +10,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.int4_matmul import Compensator
 from pallas_kernels.int4_matmul.operands import Layout
 from pallas_kernels.peer_reduce.inbox import Inbox
+from pallas_kernels.peer_reduce.operands import PeerCompensator
 from pallas_kernels.peer_reduce.reference import peer_reduce_psum, row_parallel_psum
 
 __all__ = ["Reduction", "peer_reduce", "row_parallel"]
@@ -60,7 +61,7 @@ def peer_reduce(
     *,
     axis: str,
     eps: float,
-    compensator: Compensator | None = None,
+    compensator: Compensator | PeerCompensator | None = None,
     following: Compensator | None = None,
     implementation: dispatch.Implementation | None = None,
 ) -> tuple[Float[Array, "*B N"], Float[Array, "*B N"], Float[Array, "*B R2"] | None, Inbox | None]:
@@ -76,7 +77,7 @@ def peer_reduce(
         inbox: Where parts meet; None for sums by `psum`.
         axis: Name of the mesh axis of the devices.
         eps: Added to the mean square.
-        compensator: Of the product that made y; what makes coordinates in it is not looked at.
+        compensator: Of the product that made y, `prepare`d or not; what makes coordinates in it is not looked at.
         following: Compensator of the product that takes x; only what makes coordinates is looked at.
         implementation: Backend; by default the best one for this platform that can do the case. "xla" is `psum`.
 
@@ -109,7 +110,7 @@ def row_parallel(
     eps: float,
     zero: Int8[Array, "N G"] | None = None,
     layout: Layout = "rows",
-    compensator: Compensator | None = None,
+    compensator: Compensator | PeerCompensator | None = None,
     following: Compensator | None = None,
     implementation: dispatch.Implementation | None = None,
 ) -> tuple[Float[Array, "*B N"], Float[Array, "*B N"], Float[Array, "*B R2"] | None, Inbox | None]:
@@ -143,7 +144,7 @@ def _check(op: str, shape: tuple[int, ...], z, residual, weight, compensator, fo
             raise ValueError(f"{op}: z needs {wanted}, got z {list(z.shape)}")
     elif op == "peer_reduce" and compensator is not None:
         raise ValueError(f"{op}: a compensator needs z, this device's part of A x")
-    if compensator is not None and compensator.gate is not None:
+    if isinstance(compensator, Compensator) and compensator.gate is not None:
         gate = compensator.gate
         if gate.probe is not None or gate.w_rms is not None:
             raise NotImplementedError(f"{op}: gates that see more of x than z are not divided among devices")

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float, Int8
+from jaxtyping import Array, Float, Int8
 
 from pallas_kernels import dispatch
 from pallas_kernels.hopper import whole_rows
@@ -14,9 +14,10 @@ from pallas_kernels.int4_matmul.gpu import choose_config
 from pallas_kernels.int4_matmul.hopper import int4_matmul_hopper
 from pallas_kernels.int4_matmul.operands import Layout
 from pallas_kernels.int4_matmul.plan import MOST_PROJECTED_ROWS, HopperConfig
-from pallas_kernels.packing import RANK_STEP, SIDE, factor_to_fragments, to_fragments
-from pallas_kernels.peer_reduce.hopper import Factors, peer_tail_hopper
+from pallas_kernels.packing import RANK_STEP, SIDE, to_fragments
+from pallas_kernels.peer_reduce.hopper import peer_tail_hopper
 from pallas_kernels.peer_reduce.inbox import FLAG_ROWS, Inbox
+from pallas_kernels.peer_reduce.operands import PeerCompensator, prepare
 from pallas_kernels.signals import PATIENCE, Peers
 from pallas_kernels.tails.gpu import _projection
 
@@ -30,7 +31,7 @@ def peer_reduce_mosaic_gpu(
     *,
     axis: str,
     eps: float,
-    compensator: Compensator | None = None,
+    compensator: Compensator | PeerCompensator | None = None,
     following: Compensator | None = None,
     patience: int = PATIENCE,
     interpret: plgpu.InterpretGPUParams | bool = False,
@@ -44,6 +45,8 @@ def peer_reduce_mosaic_gpu(
     """
     _check(residual, inbox, axis)
     n = residual.shape[-1]
+    if isinstance(compensator, Compensator):
+        compensator = prepare(compensator, projects=False)
     y = _whole_blocks(y.reshape(-1, n))
     if z is not None:
         z = _whole_blocks(z.reshape(-1, z.shape[-1]))
@@ -66,7 +69,7 @@ def row_parallel_mosaic_gpu(
     eps: float,
     zero: Int8[Array, "N G"] | None = None,
     layout: Layout = "rows",
-    compensator: Compensator | None = None,
+    compensator: Compensator | PeerCompensator | None = None,
     following: Compensator | None = None,
     config: HopperConfig | None = None,
     patience: int = PATIENCE,
@@ -92,7 +95,9 @@ def row_parallel_mosaic_gpu(
     rows = jnp.pad(rows, ((0, whole_rows(m) - m), (0, 0)))
     if layout == "rows":
         packed, scale, zero = to_fragments(packed), scale.T, None if zero is None else zero.T
-    a = None if compensator is None else _fragments_of_a(compensator)
+    if isinstance(compensator, Compensator):
+        compensator = prepare(compensator)
+    a = None if compensator is None else compensator.a
     if config is None:
         config, _ = choose_config(m, n, k, groups=scale.shape[0], rank=0 if a is None else a.size // k)
     if (written := -(-m // config.tile_m) * config.tile_m) > (room := inbox.y.shape[2]):
@@ -108,15 +113,6 @@ def row_parallel_mosaic_gpu(
     options = {"eps": eps, "patience": patience, "interpret": interpret}
     x, h, following_z, generation = _tail(peers, fault, residual, weight, compensator, following, **options)
     return x, h, following_z, _closed(inbox, peers, fault, generation)
-
-
-def _fragments_of_a(compensator: Compensator) -> BFloat16[Array, "R*K/64 64"]:
-    """Give A with its scales in it, as the product reads it."""
-    if compensator.a_fragments is not None:
-        return compensator.a_fragments
-    a, scale = compensator.a.astype(jnp.float32), compensator.a_scale
-    a = a if scale is None else a * scale.astype(jnp.float32)[:, None]
-    return factor_to_fragments(jnp.pad(a, ((0, -a.shape[0] % RANK_STEP), (0, 0))).astype(jnp.bfloat16))
 
 
 def _whole_blocks(rows: Float[Array, "M N"]) -> Float[Array, "P N"]:
@@ -153,7 +149,7 @@ def _tail(
     fault: jax.Ref,
     residual: Float[Array, "*B N"],
     weight: Float[Array, " N"],
-    compensator: Compensator | None,
+    compensator: PeerCompensator | None,
     following: Compensator | None,
     *,
     interpret: plgpu.InterpretGPUParams | bool,
@@ -171,7 +167,7 @@ def _tail(
         projection = _projection(following) | {"z_dtype": jnp.bfloat16 if done else jnp.float32}
     out = peer_tail_hopper(
         *(peers, fault, rows, weight.astype(jnp.float32)),
-        factors=None if compensator is None else factors_of(compensator),
+        compensator=compensator,
         **projection,
         interpret=interpret,
         **options,
@@ -181,36 +177,3 @@ def _tail(
     if following is not None:
         z = out["z"][:m, : following.a.shape[0]].reshape(*residual.shape[:-1], -1)
     return x, h, z, out["generation"]
-
-
-def factors_of(compensator: Compensator) -> Factors:
-    """Bring B and the gate into the kernel's form.
-
-    Raises:
-        NotImplementedError: The gate's network is wider than 64.
-    """
-    b = compensator.bt.T if compensator.b is None else compensator.b
-    b = b if b.dtype == jnp.int8 else b.astype(jnp.bfloat16)
-    more = -b.shape[1] % RANK_STEP
-    scale = compensator.bt_scale
-    scale = None if scale is None else jnp.pad(scale.astype(jnp.float32), (0, more))
-    gate, network = compensator.gate, {}
-    if gate is not None:
-        if max(b.shape[1], gate.b_in.shape[0]) > SIDE:
-            raise NotImplementedError(f"a gate has up to {SIDE} hidden units and coordinates")
-
-        def fill(array: Array, *shape: int) -> Array:
-            return jnp.pad(array, [(0, full - size) for size, full in zip(array.shape, shape, strict=True)])
-
-        def halves(array: Array) -> Array:
-            high = array.astype(jnp.bfloat16)
-            return jnp.stack([high, (array - high.astype(jnp.float32)).astype(jnp.bfloat16)])
-
-        network = {
-            "w_in": halves(fill(gate.w_in.T, SIDE, b.shape[1] + more)),
-            "b_in": fill(gate.b_in, SIDE).astype(jnp.float32),
-            "w_out": halves(fill(gate.w_out, SIDE, -(-gate.b_in.shape[0] // RANK_STEP) * RANK_STEP)),
-            "b_out": fill(gate.b_out, SIDE).astype(jnp.float32),
-            "form": gate.form,
-        }
-    return Factors(b=jnp.pad(b, ((0, 0), (0, more))), scale=scale, **network)

@@ -8,7 +8,7 @@ kernel before has left in this device's memory alone, the kernel first writes th
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,35 +20,11 @@ from jaxtyping import Array, BFloat16, Float, Float32, Shaped
 from pallas_kernels.hopper import WGMMA, Accumulator, hold, row_values, shared_tile
 from pallas_kernels.packing import RANK_STEP, SIDE
 from pallas_kernels.peer_reduce.inbox import FLAG_ROWS
+from pallas_kernels.peer_reduce.operands import PeerCompensator
 from pallas_kernels.signals import PATIENCE, Peers, Sum, meet, signal, wait
 from pallas_kernels.tails.hopper import _DATA, _SUMS, MOST_ROWS, ROWS, _load, _load_sums, _Tail
 
-Form = Literal["tanh", "linear", "shift"]
-
 assert FLAG_ROWS == ROWS
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Factors:
-    """What makes an update of summed coordinates, as the kernel reads it.
-
-    b [N, R], int8 or bfloat16, R a multiple of 16 up to 64, and scale [R] or None on the gated coordinates. The gate,
-    of `form` or None, has w_in [2, 64, R], w_out [2, 64, H], b_in [64] and b_out [64], filled up with zeros, H a
-    multiple of 16. Its weights are two bfloat16 parts that add up to them: a gate may open and close steeply.
-    """
-
-    b: Any
-    scale: Any = None
-    w_in: Any = None
-    b_in: Any = None
-    w_out: Any = None
-    b_out: Any = None
-    form: Form | None = None
-
-    def given(self) -> dict[str, Array]:
-        """Give the arrays that are there, by name."""
-        arrays = {name: value for name, value in vars(self).items() if name != "form"}
-        return {f"factor_{name}": value for name, value in arrays.items() if value is not None}
 
 
 def peer_tail_hopper(
@@ -56,7 +32,7 @@ def peer_tail_hopper(
     fault: jax.Ref,
     residual: BFloat16[Array, "M N"],
     weight: Float32[Array, " N"],
-    factors: Factors | None = None,
+    compensator: PeerCompensator | None = None,
     a: Shaped[Array, "R N"] | None = None,
     a_scale: Float32[Array, " R"] | None = None,
     *,
@@ -81,7 +57,7 @@ def peer_tail_hopper(
     most = peers.y.shape[1]
     if m > min(MOST_ROWS, most) or (m > ROWS and m % ROWS):
         raise NotImplementedError(f"{m} rows are more than {min(MOST_ROWS, most)}, or more than {ROWS} but no multiple")
-    rank = 0 if factors is None else factors.b.shape[1]
+    rank = 0 if compensator is None else compensator.b.shape[1]
     if n % SIDE or max(rank, 0 if a is None else a.shape[0]) > SIDE:
         raise NotImplementedError(f"{n} columns are no multiple of {SIDE}, or a rank is more than {SIDE}")
     if n > peers.y.shape[2]:
@@ -104,10 +80,10 @@ def peer_tail_hopper(
         axis=peers.axis,
         devices=peers.devices,
         update_rank=rank,
-        form=None if factors is None else factors.form,
+        form=None if compensator is None else compensator.form,
         patience=patience,
     )
-    optional = {"weight": weight, "a": a, "a_scale": a_scale} | ({} if factors is None else factors.given())
+    optional = {"weight": weight, "a": a, "a_scale": a_scale} | ({} if compensator is None else compensator.factors())
     if own is not None:
         optional |= {"own_y": own[0], "own_z": own[1]}
     given = {"first": residual} | {name: operand for name, operand in optional.items() if operand is not None}
@@ -144,7 +120,7 @@ class _PeerTail(_Tail):
     axis: str
     devices: int
     update_rank: int
-    form: Form | None
+    form: str | None
     patience: int
 
     def scratch(self, given) -> dict:

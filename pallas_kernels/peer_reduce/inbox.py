@@ -25,16 +25,17 @@ class PeerLostError(RuntimeError):
 class Inbox:
     """One device's inbox for the parts of P devices, for sums of up to M rows and N columns and 64 coordinates.
 
-    `y` [2, P, M, N] and `z` [2, P, M, 64] are float32: what device p sent for sum g lies in place [g % 2, p]. Two places
-    are enough, with no barrier behind a sum: a device that sends for sum g + 2 has seen everybody's parts of g + 1,
-    which each sent after it was done with g. `flags` [2, P, F] int32 hold the number of the sum that was last sent,
-    one for each part that is sent by itself; `generation` [1] int32 is the number of the next sum, from 1 on, the same
-    on all devices at the same point of the program. `fault` [4] int32 is zero, or says who was waited for in vain:
+    `y` [2, P, M, N] and `z` [2, P, M, 64] are float32: what device p sent for sum g lies in place [g % 2, p]. Two
+    places are enough, with no barrier behind a sum: a device that sends for sum g + 2 has seen everybody's parts of
+    g + 1, which each sent after it was done with g. `flags` [2, P, F] int32 hold the number of the sum that was last
+    sent, one for each part that is sent by itself; `generation` [1] int32 is the number of the next sum, from 1 on, the
+    same on all devices at the same point of the program. `fault` [4] int32 is zero, or says who was waited for in vain:
     1, the sum's number, the device that waited and the one that it waited for.
 
-    An inbox may never move while others write into it: it is a donated argument of a program and a result of it, in a
-    `while_loop` a part of what is carried, and is never copied. Every device runs the same sums in the same order.
-    Made by `empty_inbox`; under `shard_map` each device has its own.
+    An inbox may never move while others write into it: it is a donated argument of a program and a result of it, with
+    the sharding of results given to `jax.jit` (else XLA may pair it with another result and copy it), in a `while_loop`
+    a part of what is carried. All are ready before the first program starts. Every device runs the same sums in the
+    same order. Made by `empty_inbox`; under `shard_map` each device has its own.
     """
 
     y: Any

@@ -16,6 +16,7 @@ from pallas_kernels.int4_matmul import (
     low_rank_output,
 )
 from pallas_kernels.peer_reduce.inbox import Inbox
+from pallas_kernels.peer_reduce.operands import PeerCompensator
 from pallas_kernels.tails import rmsnorm_project
 
 
@@ -28,19 +29,25 @@ def peer_reduce_psum(
     *,
     axis: str,
     eps: float,
-    compensator: Compensator | None = None,
+    compensator: Compensator | PeerCompensator | None = None,
     following: Compensator | None = None,
     implementation: dispatch.Implementation | None = "xla",
 ) -> tuple[Float[Array, "*B N"], Float[Array, "*B N"], Float[Array, "*B R2"] | None, Inbox | None]:
     """Compute what `peer_reduce` documents, `implementation` being that of the norm; the inbox is not looked at."""
+    _refuse_prepared(compensator)
     update = jax.lax.psum(y.astype(jnp.float32), axis)
-    if z is not None and compensator is not None:
+    if z is not None and isinstance(compensator, Compensator):
         total = gated(jax.lax.psum(z.astype(jnp.float32), axis), compensator)
         update = update + low_rank_output(total, compensator)
     x, h, following_z = rmsnorm_project(
         residual, update.astype(residual.dtype), weight, eps=eps, compensator=following, implementation=implementation
     )
     return x, h, following_z, inbox
+
+
+def _refuse_prepared(compensator: Compensator | PeerCompensator | None) -> None:
+    if isinstance(compensator, PeerCompensator):
+        raise NotImplementedError("psum takes compensators as they are, and this one is in the form of the GPU kernels")
 
 
 def gated(z: Float32[Array, "*B R"], compensator: Compensator) -> Float32[Array, "*B R"]:
@@ -64,13 +71,14 @@ def row_parallel_psum(
     *,
     axis: str,
     eps: float,
-    compensator: Compensator | None = None,
+    compensator: Compensator | PeerCompensator | None = None,
     following: Compensator | None = None,
     implementation: dispatch.Implementation | None = "xla",
     **quantized: Any,
 ) -> tuple[Float[Array, "*B N"], Float[Array, "*B N"], Float[Array, "*B R2"] | None, Inbox | None]:
     """Compute what `row_parallel` documents, `implementation` being that of the product and of the norm."""
+    _refuse_prepared(compensator)
     y = int4_matmul(x, packed, scale, out_dtype=jnp.float32, implementation=implementation, **quantized)
-    z = None if compensator is None else partial_coordinates(x, compensator)
+    z = partial_coordinates(x, compensator) if isinstance(compensator, Compensator) else None
     options = {"compensator": compensator, "following": following, "implementation": implementation}
     return peer_reduce_psum(y, z, residual, weight, inbox, axis=axis, eps=eps, **options)

@@ -19,6 +19,7 @@ from pallas_kernels.int4_matmul import Compensator, int4_matmul
 from pallas_kernels.int4_matmul.operands import Layout
 from pallas_kernels.int4_matmul.tpu_kernel import LANES, dot, gated
 from pallas_kernels.peer_reduce.inbox import Inbox
+from pallas_kernels.peer_reduce.operands import PeerCompensator
 from pallas_kernels.peer_reduce.reference import partial_coordinates
 from pallas_kernels.tails.tpu import coordinate_operands, coordinates, gate_operands, normalised
 from pallas_kernels.tpus import Generation, generation
@@ -38,7 +39,7 @@ def peer_reduce_mosaic_tpu(
     *,
     axis: str,
     eps: float,
-    compensator: Compensator | None = None,
+    compensator: Compensator | PeerCompensator | None = None,
     following: Compensator | None = None,
     interpret: pltpu.InterpretParams | bool = False,
 ) -> tuple[Float[Array, "*B N"], Float[Array, "*B N"], Float[Array, "*B R2"] | None, Inbox]:
@@ -54,6 +55,7 @@ def peer_reduce_mosaic_tpu(
         raise NotImplementedError(
             f"the TPU kernel takes bfloat16 and a multiple of {LANES} columns, got {residual.dtype} with {n}"
         )
+    compensator = _unprepared(compensator)
     seen = None if following is None else following.gate
     if seen is not None and (seen.probe is not None or seen.w_rms is not None):
         raise NotImplementedError("the TPU kernel computes no gate that sees more of x than z")
@@ -123,7 +125,7 @@ def row_parallel_mosaic_tpu(
     eps: float,
     zero: Int8[Array, "N G"] | None = None,
     layout: Layout = "rows",
-    compensator: Compensator | None = None,
+    compensator: Compensator | PeerCompensator | None = None,
     following: Compensator | None = None,
     interpret: pltpu.InterpretParams | bool = False,
 ) -> tuple[Float[Array, "*B N"], Float[Array, "*B N"], Float[Array, "*B R2"] | None, Inbox]:
@@ -133,10 +135,17 @@ def row_parallel_mosaic_tpu(
         NotImplementedError: As `int4_matmul_mosaic_tpu` and `peer_reduce_mosaic_tpu`.
     """
     options = {"zero": zero, "layout": layout, "out_dtype": _F32}
+    compensator = _unprepared(compensator)
     y = int4_matmul(x, packed, scale, **options, implementation="mosaic_tpu")
     z = None if compensator is None else partial_coordinates(x, compensator)
     further = {"compensator": compensator, "following": following, "interpret": interpret}
     return peer_reduce_mosaic_tpu(y, z, residual, weight, inbox, axis=axis, eps=eps, **further)
+
+
+def _unprepared(compensator: Compensator | PeerCompensator | None) -> Compensator | None:
+    if isinstance(compensator, PeerCompensator):
+        raise NotImplementedError("the TPU kernel takes compensators as they are, and this one is in the form for GPUs")
+    return compensator
 
 
 def _block_rows(m: int, n: int, devices: int, chip: Generation) -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Self
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.int4_matmul import Compensator, Gate
+
+type Bits = Literal[4, 8]
+"""Bits of the codes of a compensator's factors."""
 
 
 class CompensatorVariable(nnx.Variable):
@@ -28,8 +31,8 @@ class CompensatorBank(nnx.Module):
     Ranks differ by layer, so factors lie one after another along the rank axis, T = sum(ranks) rows in all:
     a [T, K] and bt [T, N] (int8 with scales [T], or floating), and, if gated, w_in [T, H], w_out [T, H], b_out [T] and
     b_in [L, H]; a gate's further features have a leading axis of layers: probe [L, P, K], probe_scale [L, P],
-    w_probe [L, P, H], w_rms [L, H]. A layer of rank 0 has no compensator. Factors are not padded: bytes here are bytes
-    in memory.
+    w_probe [L, P, H], w_rms [L, H]. A layer of rank 0 has no compensator. Factors are not padded. `bits` 4 says that
+    int8 factors hold codes of -7 .. 7: a checkpoint stores two in a byte, memory and kernels one.
     """
 
     def __init__(
@@ -41,12 +44,14 @@ class CompensatorBank(nnx.Module):
         a_scale: Array | None = None,
         bt_scale: Array | None = None,
         gate: Gate | None = None,
+        bits: Bits = 8,
     ) -> None:
         total = sum(ranks)
         for name, rows in {"a": a, "bt": bt, "a_scale": a_scale, "bt_scale": bt_scale}.items():
             if rows is not None and rows.shape[0] != total:
                 raise ValueError(f"{name} has {rows.shape[0]} rows for ranks that sum to {total}")
         self.ranks = tuple(int(r) for r in ranks)
+        self.bits: Bits = bits
         self.a = CompensatorVariable(a)
         self.bt = CompensatorVariable(bt)
         self.a_scale = None if a_scale is None else CompensatorVariable(a_scale)
@@ -56,7 +61,8 @@ class CompensatorBank(nnx.Module):
     @property
     def nbytes(self) -> int:
         """Bytes of factors, scales and gates as stored."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+        spared = (self.a.size + self.bt.size) // 2 if self.bits == 4 else 0
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self)) - spared
 
     def at(self, layer: int | Int[Array, ""]) -> Compensator | None:
         """Give the compensator of one layer.
@@ -104,10 +110,13 @@ class CompensatorBank(nnx.Module):
             a=get(self.a), bt=get(self.bt), a_scale=get(self.a_scale), bt_scale=get(self.bt_scale), gate=gate
         )
 
-    def to_int8(self, *, gate_dtype: jnp.dtype | type | None = None) -> Self:
-        """Give the bank with factors in int8, one scale per rank coordinate (max|row| / 127), gates in `gate_dtype`."""
-        a, a_scale = _int8_rows(self.a[...])
-        bt, bt_scale = _int8_rows(self.bt[...])
+    def to_int8(self, *, bits: Bits = 8, gate_dtype: jnp.dtype | type | None = None) -> Self:
+        """Give the bank with factors in int8, one scale per rank coordinate, and gates in `gate_dtype`.
+
+        The scale is max|row| / 127, or with `bits` 4 max|row| / 7.
+        """
+        a, a_scale = _int8_rows(self.a[...], bits)
+        bt, bt_scale = _int8_rows(self.bt[...], bits)
         gate = None
         if self.gate is not None:
             gate = jax.tree.map(lambda v: v[...], self.gate, is_leaf=lambda v: isinstance(v, nnx.Variable))
@@ -116,9 +125,9 @@ class CompensatorBank(nnx.Module):
             if gate.probe is not None:
                 probe, probe_scale = _int8_rows(gate.probe)
                 gate = dataclasses.replace(gate, probe=probe, probe_scale=probe_scale)
-        return type(self)(self.ranks, a, bt, a_scale=a_scale, bt_scale=bt_scale, gate=gate)
+        return type(self)(self.ranks, a, bt, a_scale=a_scale, bt_scale=bt_scale, gate=gate, bits=bits)
 
 
-def _int8_rows(rows: Float[Array, "*T F"]) -> tuple[Array, Array]:
-    scale = jnp.maximum(jnp.max(jnp.abs(rows.astype(jnp.float32)), axis=-1) / 127, 1e-12)
+def _int8_rows(rows: Float[Array, "*T F"], bits: int = 8) -> tuple[Array, Array]:
+    scale = jnp.maximum(jnp.max(jnp.abs(rows.astype(jnp.float32)), axis=-1) / (2 ** (bits - 1) - 1), 1e-12)
     return jnp.round(rows.astype(jnp.float32) / scale[..., None]).astype(jnp.int8), scale

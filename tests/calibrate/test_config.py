@@ -54,6 +54,7 @@ def test_training_takes_its_settings():
         (["--ema", "1.5"], "ema"),
         (["--patience", "-1"], "patience must be at least 0, got -1"),
         (["--local-steps", "-1"], "local_steps must be at least 0, got -1"),
+        (["--initial", "zero", "--local-steps", "5"], "local_steps train: expected 0, got 5"),
         (["--gate-hidden", "0"], "hidden >= 1"),
         (["--damage-sequences", "0"], "damage_sequences"),
         (["--joint", "scales", "scales"], "twice"),

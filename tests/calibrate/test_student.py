@@ -75,9 +75,9 @@ def test_a_gate_starts_as_the_static_compensator(problem, base, gate):
     assert not np.allclose(states[1], expand_model(base, jnp.float32)(TOKENS)[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate.form)
-def test_what_is_trained_is_what_is_stored(problem, base, reference, gate):
-    params, student = make(problem, gate)
+@pytest.mark.parametrize(("gate", "bits"), [*((gate, 8) for gate in GATES), (GATES[2], 4)], ids=str)
+def test_what_is_trained_is_what_is_stored(problem, base, reference, gate, bits):
+    params, student = make(problem, gate, bits=bits)
     params |= zero_byte_params(base, reference, ("scales", "norms", "codes"))
     rng = np.random.default_rng(4)
     params = jax.tree.map(lambda x: x + jnp.asarray(0.02 * rng.standard_normal(x.shape), x.dtype), params)
@@ -87,20 +87,23 @@ def test_what_is_trained_is_what_is_stored(problem, base, reference, gate):
     assert_close(stored(TOKENS)[0], trained(TOKENS)[0], relative=5e-3)
     assert stored.compensators["down"].a.dtype == jnp.int8
     for name, bank in stored.compensators.items():
-        factors = sum(r * factor_bytes(base.config.module_shapes())[name] for r in RANKS[name])
+        factors = sum(r * factor_bytes(base.config.module_shapes(), bits=bits)[name] for r in RANKS[name])
         gates = sum(RANKS[name]) * gate.rank_bytes + 3 * gate.layer_bytes(base.config.module_shapes()[name][1])
         assert bank.nbytes == factors + gates
 
 
-def test_int8_values_in_training_are_those_stored(problem):
-    params, student = make(problem, GateConfig(form="static"))
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rounded_values_in_training_are_those_stored(problem, bits):
+    params, student = make(problem, GateConfig(form="static"), bits=bits)
     for name, bank in student.banks(params).items():
-        stored = bank.to_int8()
+        stored = bank.to_int8(bits=bits)
+        top = 2 ** (bits - 1) - 1
+        assert np.abs(stored.a[...]).max() == np.abs(stored.bt[...]).max() == top
         np.testing.assert_allclose(
             stored.a[...].astype(jnp.float32) * stored.a_scale[...][:, None], bank.a[...], rtol=1e-6, atol=1e-9
         )
         exact = params["factors"][name]["a"]
-        step = np.abs(exact).max(axis=1, keepdims=True) / 127
+        step = np.abs(exact).max(axis=1, keepdims=True) / top
         assert (np.abs(bank.a[...] - exact) <= 0.5001 * step).all()
 
 

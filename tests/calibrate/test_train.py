@@ -11,8 +11,9 @@ import pytest
 
 from calibrate.loss import distillation_loss
 from calibrate.nonfinite import broken_gradients
-from calibrate.student import GateConfig, Student, zero_byte_params
+from calibrate.student import GateConfig, Student, initial_compensators, zero_byte_params
 from calibrate.train import Standing, TrainConfig, Trainer, TrainingDiverged
+from calibrate.weights import weight_errors
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.quantize import quantize_model
 from spear_jax.nn.linear import Linear, RMSNorm
@@ -64,6 +65,27 @@ def test_training_lowers_the_held_out_loss_and_resumes_to_the_same_end():
     assert [point.step for point in again.curve] == [0, 2, 4, 6, 8]
     assert [(p.loss, p.held_out_kl) for p in again.curve] == [(p.loss, p.held_out_kl) for p in end.curve]
     jax.tree.map(np.testing.assert_array_equal, again.best, end.best)
+
+
+def test_compensators_from_zero_start_as_the_base_and_take_steps_of_the_size_of_the_svd():
+    plain, _ = make_trainer()
+    reference, base, dense, *_ = plain.frozen
+    moments = {name: jnp.broadcast_to(jnp.eye(w.shape[2]), (2, *w.shape[2:] * 2)) for name, w in dense.items()}
+    student = Student(ranks=dict.fromkeys(dense, (1, 2)), gate=GateConfig(form="static"))
+    errors = weight_errors(reference, dense)
+    params = initial_compensators(errors, moments, student.ranks, student.gate, key=jax.random.key(0))
+    given, units = jax.tree.map(np.array, params), student.units(params)["factors"]
+    trainer = Trainer(reference, base, student, TOKENS, dataclasses.replace(CONFIG, initial="zero"))
+    end = trainer.run(params)
+    jax.tree.map(np.testing.assert_array_equal, params, given)
+    losses = [(point.held_out_kl, point.held_out_hidden) for point in end.curve]
+    assert losses[0] == pytest.approx(plain.held_out_losses({}), rel=1e-5)
+    assert sum(losses[-1]) < sum(losses[0])
+    # A first step of Adam has the size of the rate, which warm-up is at its peak of: one step of four.
+    after = trainer._step(trainer.start(params), trainer.frozen, jnp.arange(4)).params["factors"]
+    for name, factors in after.items():
+        np.testing.assert_allclose(factors["a"], given["factors"][name]["a"])
+        np.testing.assert_allclose(np.abs(factors["bt"]) / units[name]["bt"], CONFIG.factor_rate, rtol=1e-3)
 
 
 def test_training_stops_early_and_keeps_the_best():
@@ -167,7 +189,7 @@ def test_two_sequences_are_the_least():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"steps": 0}, {"batch_size": 0}, {"ema": 1.0}, {"held_out": 0.0}, {"patience": -1}]
+    "changes", [{"steps": 0}, {"batch_size": 0}, {"ema": 1.0}, {"held_out": 0.0}, {"patience": -1}, {"initial": "none"}]
 )
 def test_settings_that_make_no_sense(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from pallas_kernels import bench, tune, tune_tpu, tuning
+from pallas_kernels import bench, tune, tune_tails, tune_tpu, tuning
 from pallas_kernels.tpus import GENERATIONS
 
 
-@pytest.mark.parametrize("command", [tune, bench])
+@pytest.mark.parametrize("command", [tune, tune_tails, bench])
 def test_a_machine_without_a_gpu_is_refused(command, monkeypatch, capsys):
     arguments = ["int4_matmul"] if command is bench else []
     monkeypatch.setattr("sys.argv", ["command", *arguments])

@@ -191,3 +191,16 @@ def test_operands_that_do_not_fit_are_refused():
         glu_project(x, activation="relu")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"with an even last axis, got float32\[2, 7\]"):
         glu_project(x[:, :7], activation="silu")
+
+
+def test_a_norm_is_cut_as_tuned(monkeypatch):
+    asked, used = [], {}
+    operands, keywords = Case(op="norm", m=3, k=128, rank=16).operands()
+    out = {"x": operands[0], "h": operands[0], "z": jnp.zeros((3, 16))}
+    cut = {"cluster": 2, "warpgroups": 1}
+    monkeypatch.setattr(gpu.dispatch, "refuse_other_gpus", lambda: None)
+    monkeypatch.setattr(gpu.tuning, "lookup", lambda *key: asked.append(key) or cut)
+    monkeypatch.setattr(gpu, "tail_hopper", lambda kind, **options: used.update(options) or out)
+    gpu.rmsnorm_project_mosaic_gpu(*operands, keywords["compensator"], eps=1e-5)
+    assert asked == [("rmsnorm_project", {"m": 3, "k": 128, "ranks": 16})]
+    assert used.items() >= cut.items()

@@ -110,6 +110,25 @@ def test_restores_every_array_bit_for_bit(tmp_path, spec, gated):
     np.testing.assert_array_equal(logits(loaded.model), logits(model))
 
 
+def test_factors_of_four_bits_take_half_the_bytes_on_disk_and_come_back(tmp_path):
+    found = {}
+    for bits in (8, 4):
+        model, path = make_model(), tmp_path / str(bits)
+        shapes = model.config.module_shapes()
+        for name, ranks in RANKS.items():
+            model.compensators[name] = make_bank(ranks, *shapes[name], gated=False, int8=False).to_int8(bits=bits)
+        save_checkpoint(path, model, make_tokenizer(), name="tiny")
+        loaded = load_checkpoint(path).model
+        assert_same_arrays(loaded, model)
+        assert {bank.bits for bank in loaded.compensators.values()} == {bits}
+        np.testing.assert_array_equal(logits(loaded), logits(model))
+        found[bits] = inspect_checkpoint(path)[1]["compensator factors"]
+        nbytes = sum(bank.nbytes for bank in loaded.compensators.values())
+        assert found[bits] == nbytes == component_bytes(model)["compensator factors"]
+    scales = 2 * 4 * sum(map(sum, RANKS.values()))
+    assert found[4] - scales == (found[8] - scales) // 2
+
+
 def test_gates_with_further_features_come_back(tmp_path):
     model = make_model()
     shapes, probes = model.config.module_shapes(), 2
@@ -272,7 +291,7 @@ DAMAGE = {
     "no manifest": (lambda p: (p / MANIFEST).unlink(), "not a spear-jax checkpoint .it has no manifest.json"),
     "newer": (
         lambda p: edit_metadata(p, format=checkpoint.FORMAT + 1, writer="spear_jax 9"),
-        "format 2 by spear_jax 9; this version",
+        "format 3 by spear_jax 9; this version",
     ),
     "no format": (lambda p: edit_metadata(p, format=None), "no format number"),
     "other config": (
