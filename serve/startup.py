@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import jax
 import jax.monitoring
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -24,6 +25,7 @@ from spear_jax.models.decoder import Decoder, unstack
 from spear_jax.models.quantize import expand_model, expand_tables, quantize_model, quantize_tables, weight_bytes
 from spear_jax.models.source import DEMO
 from spear_jax.quant import QuantSpec, QuantTensor
+from spear_jax.sharding import ShardingRules, divide, make_mesh, part_of
 
 log = logging.getLogger(__name__)
 
@@ -84,11 +86,18 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console) -> Eng
     from spear_jax.recovery import load_recovered
 
     with Phases(console) as phases:
+        mesh = make_mesh(config.tensor_parallel) if config.tensor_parallel > 1 else None
         with phases.phase("load"):
-            loaded = load_recovered(dtype=config.dtype) if recovers(config) else load(config.model, dtype=config.dtype)
+            if recovers(config):
+                loaded = load_recovered(dtype=config.dtype)
+            else:
+                placement = None if mesh is None else ShardingRules().placement(mesh)
+                loaded = load(config.model, dtype=config.dtype, shardings=placement)
+        if mesh is not None:
+            part_of(loaded.config, mesh.size)  # refuses what cannot be divided before the slow work
         context = _context(config, loaded.config.max_position)
         with phases.phase("prepare weights" if config.quantize == "none" else "quantize"):
-            model, description, dense = prepare(loaded.model, config)
+            model, description, dense = prepare(loaded.model, config, mesh)
             name, tokenizer, architecture = loaded.name, loaded.tokenizer, loaded.config
             del loaded
         runner = Runner(
@@ -96,10 +105,11 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console) -> Eng
             slots=config.max_slots,
             context=context,
             buckets=config.prefill_buckets,
-            lone_program=jax.default_backend() == "cpu",
+            lone_program=jax.default_backend() == "cpu" and mesh is None,
             logits=cpu_logits if dense else Decoder.logits,
             greedy_program=jax.default_backend() == "gpu",
             compiler_options=command_buffer_options(config.command_buffers) if jax.default_backend() == "gpu" else None,
+            mesh=mesh,
         )
         with phases.phase("compile", steps=runner.num_programs):
             for program in runner.warm_up():
@@ -163,8 +173,11 @@ def recovers(config: ServeConfig) -> bool:
     return config.model == DEMO and config.quantize == "auto" and config.group_size is None
 
 
-def prepare(model: Decoder, config: ServeConfig) -> tuple[Decoder, str, bool]:
-    """Quantize and lay out the weights for serving; says what was done, and whether they are dense ones on a CPU."""
+def prepare(model: Decoder, config: ServeConfig, mesh: Mesh | None = None) -> tuple[Decoder, str, bool]:
+    """Quantize and lay out the weights for serving; says what was done, and whether they are dense ones on a CPU.
+
+    With a mesh the parts of its devices are given, side by side.
+    """
     cpu = jax.default_backend() == "cpu"
     expand = config.weights == "expanded" or (config.weights == "auto" and cpu)
     description = f"{jnp.dtype(model.dtype).name} weights as loaded"
@@ -183,14 +196,19 @@ def prepare(model: Decoder, config: ServeConfig) -> tuple[Decoder, str, bool]:
         model = quantize_tables(model)
     compressed = int4 or config.embedding == "int8"
     expand = expand and compressed
-    dense = cpu and model.dtype == jnp.float32 and (expand or not compressed)
+    dense = cpu and mesh is None and model.dtype == jnp.float32 and (expand or not compressed)
     if expand:
         description += f", expanded to {jnp.dtype(model.dtype).name}"
         model = expand_tables(model, model.dtype) if dense else expand_model(model, model.dtype)
     if dense:
-        model = lay_out_for_cpu(model)
+        laid_out = lay_out_for_cpu
     elif cpu:
-        model = unstack(model)
-    elif compressed and not expand:
-        model = lay_out(model)
+        laid_out = unstack
+    else:
+        laid_out = lay_out if compressed and not expand else lambda model: model
+    if mesh is None:
+        model = laid_out(model)
+    else:
+        model = divide(model, mesh, lay_out=laid_out, reduction=config.reduction)
+        description += f", divided over {mesh.size} devices"
     return jax.block_until_ready(model), description, dense

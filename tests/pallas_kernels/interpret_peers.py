@@ -1,9 +1,10 @@
 """Interpret kernels of several GPUs on as many CPU devices: a process of its own, as devices are made at its start.
 
 Takes names of cases, "case!fault" for one in which a fault is planted that must be found, and devices from XLA_FLAGS;
-fails where a result is wrong. Beyond what `interpreter.py` adds, blocks write to other devices, and all devices begin and end a kernel together: the interpreter copies a kernel's arrays
-in and out, so that what a device writes before the other has begun, or after it has ended, would be lost. Races are not
-looked for: the flags that order devices are plain memory to the interpreter.
+fails where a result is wrong. Beyond what `interpreter.py` adds, blocks write to other devices, and all devices begin
+and end a kernel together: the interpreter copies a kernel's arrays in and out, so that what a device writes before the
+other has begun, or after it has ended, would be lost. Races are not looked for: the flags that order devices are plain
+memory to the interpreter.
 """
 
 import dataclasses
