@@ -27,7 +27,7 @@ def run(monkeypatch, capsys, *flags: str) -> dict:
     [
         (["--topology", "v1:2x2"], "tpu must be one of v5e, v5p, v6e, tpu7x, got 'v1'"),
         (["--topology", "h200", "--tp", "2"], "tp must be from 1 to the 1 devices of h200, got 2"),
-        (["--topology", "h200:2x2"], "GPUs of one machine are given as h200:1x1xN, got '2x2'"),
+        (["--topology", "h200:2x2"], "N up to 8, got '2x2'"),
         (["--model", "nothing.yaml"], "nothing.yaml does not exist"),
         (["--slot", "3"], "slot"),
     ],
