@@ -45,7 +45,8 @@ def tokens_of(model: Decoder) -> tuple[list[list[int]], Runner]:
     return out, runner
 
 
-@pytest.mark.parametrize("name", ["full", pytest.param("sliding", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
 def test_tokens_are_those_of_a_cpu(name: str) -> None:
     expected, _ = tokens_of(unstack(model_of(name)))
     with compiling_for("tpu", kind="TPU v6 lite"), pltpu.force_tpu_interpret_mode():
