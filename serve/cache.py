@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import dispatch
 from serve.paged_cache import PagedKVCache, suits_pages
 from spear_jax.config import ModelConfig
 from spear_jax.nn.attention import Index
 from spear_jax.nn.rope import Rope, apply_rope
+from spear_jax.nn.row_parallel import PeerCache
 
 BLOCK = 128
 """Keys attended to at once; the length of a cache without pages is a multiple of it."""
@@ -78,12 +78,13 @@ def allocate(
 ) -> Cache | tuple[Cache, ...]:
     """Make an empty cache for `context` tokens a slot: one for all layers, or one for each where not `stacked`.
 
-    For a Hopper GPU it is in pages, one for all layers, where the model is one that the attention kernel can do. A
-    padded prompt chunk may write `padding` positions past the context, and idle slots write to the very last position;
-    neither is ever read, and neither may be moved back onto live keys as `dynamic_update_slice` would at the end.
+    For a Hopper GPU or a TPU it is in pages, one for all layers, where the model is one that the attention kernel can
+    do. A padded prompt chunk may write `padding` positions past the context, and idle slots write to the very last
+    position; neither is ever read, and neither may be moved back onto live keys as `dynamic_update_slice` would at the
+    end.
     """
     length = context + padding + 1
-    if dispatch.is_hopper() and suits_pages(config, dtype):
+    if suits_pages(config, dtype):
         return PagedKVCache.zeros(config, layers=config.num_layers, slots=slots, length=length, dtype=dtype)
 
     def zeros(layers: int | None) -> KVCache:
@@ -94,8 +95,10 @@ def allocate(
     return zeros(config.num_layers) if stacked else tuple(zeros(None) for _ in range(config.num_layers))
 
 
-def last_position(cache: Cache | tuple[Cache, ...]) -> int:
+def last_position(cache: Cache | tuple[Cache, ...] | PeerCache) -> int:
     """Give the position that no request reaches."""
+    if isinstance(cache, PeerCache):
+        return last_position(cache.cache)
     return (cache[0] if isinstance(cache, tuple) else cache).length - 1
 
 

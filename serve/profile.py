@@ -40,7 +40,7 @@ def profile(config: ServeConfig) -> int:
         raise ValueError("scheduler.latency_table is none: name a file to write, or leave it at auto")
     console = Console(stderr=True)
     with Phases(console) as phases:
-        prepared = load_prepared(config, phases)
+        prepared = load_prepared(config, phases, score=True)
         kept = compensator_sets(prepared, config, phases)
         runner = _compiled(prepared, config, kept, phases)
         table = measure(runner, context=prepared.context, sets=len(kept), phases=phases)
@@ -122,16 +122,19 @@ def correction_scores(compensators: Mapping[str, CompensatorBank]) -> dict[str, 
     It stands for what they mend, which only calibration data could tell.
     """
 
-    def norm(bank: CompensatorBank, layer: int) -> float:
-        if (one := bank.at(layer)) is None or one.a is None or one.bt is None:
-            return 0.0
-        a, bt = (
-            np.asarray(rows, np.float32) * (1 if scale is None else np.asarray(scale, np.float32)[:, None])
-            for rows, scale in ((one.a, one.a_scale), (one.bt, one.bt_scale))
-        )
-        return float(np.sqrt(np.sum((a @ a.T) * (bt @ bt.T))))
+    def rows(codes: Any, scale: Any) -> np.ndarray:
+        return np.asarray(codes, np.float32) * (1 if scale is None else np.asarray(scale, np.float32)[:, None])
 
-    return {name: sum(norm(bank, i) for i in range(len(bank.ranks))) for name, bank in compensators.items()}
+    def size(bank: CompensatorBank) -> float:
+        a, bt = (
+            rows(one[...], None if scale is None else scale[...])
+            for one, scale in ((bank.a, bank.a_scale), (bank.bt, bank.bt_scale))
+        )
+        ends = np.cumsum(bank.ranks)[:-1]
+        parts = zip(np.split(a, ends), np.split(bt, ends), strict=True)
+        return float(sum(np.sqrt(np.sum((a @ a.T) * (bt @ bt.T))) for a, bt in parts))
+
+    return {name: size(bank) for name, bank in compensators.items()}
 
 
 def _compiled(prepared: Prepared, config: ServeConfig, kept: Sequence[Sequence[str]], phases: Phases) -> Runner:

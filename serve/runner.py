@@ -2,21 +2,29 @@
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels.peer_reduce import empty_inbox
 from serve.cache import Cache, KVCache, allocate, batch_attend, last_position, slot_attend
 from serve.request import SamplingParams
 from serve.sampling import SamplingState, likeliest, sample, with_prompt
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.quantize import weight_bytes
+from spear_jax.nn.row_parallel import MOST_ROWS, PeerCache
+from spear_jax.sharding import OWN, SAME, of_parts, sums_by_inbox
+
+_CHECK_SECONDS = 1.0
+"""How often the runner looks whether a device was lost, which waits for the steps that run."""
 
 type Logits = Callable[[Decoder, Array], Array]
 
@@ -30,7 +38,7 @@ class DeviceState:
     [S, V] is what penalties go by.
     """
 
-    cache: Cache | tuple[Cache, ...]
+    cache: Cache | tuple[Cache, ...] | PeerCache
     token: Any
     length: Any
     sampling: SamplingState
@@ -48,6 +56,9 @@ class Runner:
     follow one another without the host waiting for the device's choice. `steps_per_call` steps of decoding run in one
     program, for measuring: what they give but the last is lost.
 
+    With a `mesh` the model is the parts of its devices side by side (`spear_jax.sharding.divide`), and so is the state.
+    Inboxes, where sums go through such, are in it: made and in place before the first program, and donated with it.
+
     A chunk of `level` e > 0 goes through a model with the compensators of the modules `kept[e]` only, and must be of
     the smallest bucket.
     """
@@ -64,23 +75,30 @@ class Runner:
         steps_per_call: int = 1,
         logits: Logits = Decoder.logits,
         compiler_options: Mapping[str, str] | None = None,
+        mesh: Mesh | None = None,
         kept: Sequence[Sequence[str]] = (),
     ):
         self.slots = slots
         self.buckets = tuple(sorted(buckets))
         leaves, tree = jax.tree.flatten(model)
         self._leaves: list[Array] = _committed(leaves)
-        state = empty_state(model, slots=slots, context=context, padding=self.buckets[-1])
+        sizes = {"slots": slots, "context": context, "padding": self.buckets[-1]}
+        if mesh is None:
+            state = empty_state(model, **sizes)
+        else:
+            state = jax.block_until_ready(_state_of_parts(model, mesh, **sizes))
         self.cache_bytes = weight_bytes(state.cache)
         self._state = _committed(state)
-        compiled = functools.partial(_jit, tree, logits=logits, options=compiler_options)
+        self._mesh, self._checked = mesh, time.monotonic()
+        jit = functools.partial(_jit, logits=logits, options=compiler_options, mesh=mesh)
+        compiled = functools.partial(jit, tree)
         self._prefill = compiled(prefill_step)
         self._decode_all = compiled(_repeated(decode_step, steps_per_call))
         self._decode_greedy = compiled(_repeated(greedy_step, steps_per_call)) if greedy_program else None
         self._decode_one = compiled(_decode_one) if lone_program and slots > 1 else None
         self._special = np.zeros(slots, bool)
-        self._active = np.ones(slots, bool), jax.device_put(np.ones(slots, bool))
-        self._lighter = [self._with_compensators(model, names, logits, compiler_options) for names in kept[1:]]
+        self._active = np.ones(slots, bool), self._everywhere(np.ones(slots, bool))
+        self._lighter = [self._with_compensators(model, names, jit) for names in kept[1:]]
 
     @property
     def num_programs(self) -> int:
@@ -92,6 +110,7 @@ class Runner:
     def in_pages(self) -> bool:
         """Whether attention costs what each sequence holds, rather than what the longest does."""
         cache = self._state.cache
+        cache = cache.cache if isinstance(cache, PeerCache) else cache
         return not isinstance(cache[0] if isinstance(cache, tuple) else cache, KVCache)
 
     def pretend(self, length: int) -> None:
@@ -120,13 +139,11 @@ class Runner:
         return token
 
     @staticmethod
-    def _with_compensators(
-        model: Decoder, names: Sequence[str], logits: Logits, options: Mapping[str, str] | None
-    ) -> tuple[Any, list[Array]]:
+    def _with_compensators(model: Decoder, names: Sequence[str], jit: Callable[..., Any]) -> tuple[Any, list[Array]]:
         """Give the prefill of a model that keeps the compensators of some modules only, and the arrays it takes."""
         kept = nnx.Dict({name: bank for name, bank in model.compensators.items() if name in names})
         leaves, tree = jax.tree.flatten(model.replace(compensators=kept))
-        return _jit(tree, prefill_step, logits=logits, options=options), _committed(leaves)
+        return jit(tree, prefill_step), _committed(leaves)
 
     @staticmethod
     def _prefill_arguments(
@@ -137,18 +154,37 @@ class Runner:
         return padded, np.array([slot, start, len(tokens), last], np.int32), SamplingState.of([params])
 
     def decode(self, active: Bool[np.ndarray, " S"]) -> Int[Array, " S"]:
-        """Give every active slot its next token; other entries mean nothing."""
+        """Give every active slot its next token; other entries mean nothing.
+
+        Raises:
+            PeerLostError: About once a second it is looked whether a device waited in vain for another one.
+        """
+        if time.monotonic() - self._checked > _CHECK_SECONDS:
+            self.check()
         if self._decode_one is not None and active.sum() == 1:
             token, self._state = self._decode_one(self._leaves, self._state, np.int32(active.argmax()))
             return token
         if not np.array_equal(active, self._active[0]):
             # Kept: with arguments that stay where they are XLA need not change its CUDA graphs.
             active = active.copy()
-            self._active = active, jax.device_put(active)
+            self._active = active, self._everywhere(active)
         special = (self._special & active).any()
         program = self._decode_all if special or self._decode_greedy is None else self._decode_greedy
         token, self._state = program(self._leaves, self._state, self._active[1])
         return token
+
+    def check(self) -> None:
+        """Wait for the steps that run, and raise where a device was lost.
+
+        Raises:
+            PeerLostError: Names the kernel and the devices.
+        """
+        self._checked = time.monotonic()
+        if isinstance(self._state.cache, PeerCache):
+            self._state.cache.inbox.check()
+
+    def _everywhere(self, array: np.ndarray) -> Array:
+        return jax.device_put(array, None if self._mesh is None else NamedSharding(self._mesh, SAME))
 
     def warm_up(self) -> Iterator[str]:
         """Compile every program, two at a time, and run it once; yield the name of each that is done.
@@ -184,6 +220,9 @@ class Runner:
             pending = [
                 pool.submit(lambda f, x, a: f.lower(shapes(x), state, *a).compile(), *rest) for _, *rest in programs
             ]
+            if self._mesh is not None:
+                # None runs while another is compiled: devices wait for each other, and compiling may make one wait.
+                wait(pending)
             for (name, program, leaves, args), compiled in zip(programs, pending, strict=True):
                 compiled.result()
                 token, self._state = program(leaves, self._state, *args)
@@ -191,17 +230,37 @@ class Runner:
                 yield name
 
 
-def empty_state(model: Decoder, *, slots: int, context: int, padding: int) -> DeviceState:
-    """Make the state of idle slots, each with room for `context` tokens, and `padding` past them for chunks."""
+def empty_state(model: Decoder, *, slots: int, context: int, padding: int, devices: int = 1) -> DeviceState:
+    """Make the state of idle slots, each with room for `context` tokens, and `padding` past them for chunks.
+
+    A part of a model that is divided over several devices gets what one of them holds.
+    """
     stacked = not hasattr(model.layers, "__len__")
     greedy = SamplingParams(max_tokens=1, temperature=0.0)
+    cache: Any = allocate(
+        model.config, slots=slots, context=context, padding=padding, dtype=model.dtype, stacked=stacked
+    )
+    if sums_by_inbox(model):
+        rows = min(MOST_ROWS, max(slots, padding))
+        inbox = empty_inbox(devices=devices, rows=rows, columns=model.config.hidden_size)
+        cache = PeerCache(cache=cache, inbox=inbox)
     return DeviceState(
-        cache=allocate(model.config, slots=slots, context=context, padding=padding, dtype=model.dtype, stacked=stacked),
+        cache=cache,
         token=jnp.zeros(slots, jnp.int32),
         length=jnp.zeros(slots, jnp.int32),
         sampling=jax.tree.map(jnp.asarray, SamplingState.of([greedy] * slots)),
         history=jnp.zeros((slots, model.config.vocab_size), jnp.int32),
     )
+
+
+def _state_of_parts(model: Decoder, mesh: Mesh, **sizes: int) -> DeviceState:
+    """Make the states of all devices side by side, each where it belongs."""
+
+    def build() -> DeviceState:
+        state = empty_state(model, devices=mesh.size, **sizes)
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (mesh.size, *leaf.shape)), state)
+
+    return jax.jit(build, out_shardings=NamedSharding(mesh, OWN))()
 
 
 def _committed(arrays: Any) -> Any:
@@ -219,15 +278,20 @@ def _jit(
     *,
     logits: Logits,
     options: Mapping[str, str] | None = None,
+    mesh: Mesh | None = None,
 ) -> Any:
     """Compile `step(model, logits, state, ...)` as a function of the model's arrays, with the state donated."""
 
-    @functools.partial(jax.jit, donate_argnums=1, compiler_options=dict(options or {}) or None)
-    @functools.wraps(step)
-    def run(leaves: list[Array], state: DeviceState, *args: Any) -> tuple[Array, DeviceState]:
+    def of_arrays(leaves: list[Array], state: DeviceState, *args: Any) -> tuple[Array, DeviceState]:
         return step(jax.tree.unflatten(tree, leaves), logits, state, *args)
 
-    return run
+    run: Callable[..., Any] = functools.wraps(step)(of_arrays)
+    settings: dict[str, Any] = {"donate_argnums": 1, "compiler_options": dict(options or {}) or None}
+    if mesh is not None:
+        # Said outright: an inbox must come back where it was.
+        settings["out_shardings"] = (NamedSharding(mesh, SAME), NamedSharding(mesh, OWN))
+        run = of_parts(run, mesh, own=2, gives=(SAME, OWN))
+    return jax.jit(run, **settings)
 
 
 def prefill_step(

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.monitoring
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -34,6 +35,7 @@ from spear_jax.models.decoder import Decoder, unstack
 from spear_jax.models.quantize import expand_model, expand_tables, quantize_model, quantize_tables, weight_bytes
 from spear_jax.models.source import DEMO
 from spear_jax.quant import QuantSpec, QuantTensor
+from spear_jax.sharding import ShardingRules, divide, make_mesh, part_of
 from spear_jax.versions import package_versions
 
 log = logging.getLogger(__name__)
@@ -87,9 +89,10 @@ class Phases:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A model laid out for this machine, and what is known of it; `scores` has its compensated modules."""
+    """A model laid out for this machine, and what is known of it; `scores`, if asked for, of compensated modules."""
 
     model: Decoder
+    mesh: Mesh | None
     name: str
     tokenizer: Any
     architecture: ModelConfig
@@ -99,8 +102,8 @@ class Prepared:
     scores: Mapping[str, float]
 
 
-def load_prepared(config: ServeConfig, phases: Phases) -> Prepared:
-    """Load a model, quantize it where it is to be, and lay it out.
+def load_prepared(config: ServeConfig, phases: Phases, *, score: bool = False) -> Prepared:
+    """Load a model, quantize it where it is to be, and lay it out; with `score`, look at its compensators first.
 
     Raises:
         ValueError, OSError: The model or the settings cannot be used.
@@ -109,14 +112,22 @@ def load_prepared(config: ServeConfig, phases: Phases) -> Prepared:
     from spear_jax.loading import load
     from spear_jax.recovery import load_recovered
 
+    mesh = make_mesh(config.tensor_parallel) if config.tensor_parallel > 1 else None
     with phases.phase("load"):
-        loaded = load_recovered(dtype=config.dtype) if recovers(config) else load(config.model, dtype=config.dtype)
+        if recovers(config):
+            loaded = load_recovered(dtype=config.dtype)
+        else:
+            placement = None if mesh is None else ShardingRules().placement(mesh)
+            loaded = load(config.model, dtype=config.dtype, shardings=placement)
+    if mesh is not None:
+        part_of(loaded.config, mesh.size)  # refuses what cannot be divided before the slow work
     context = _context(config, loaded.config.max_position)
-    scores = correction_scores(loaded.model.compensators)
+    scores = correction_scores(loaded.model.compensators) if score else {}
     with phases.phase("prepare weights" if config.quantize == "none" else "quantize"):
-        model, description, dense = prepare(loaded.model, config)
+        model, description, dense = prepare(loaded.model, config, mesh)
     return Prepared(
         model=model,
+        mesh=mesh,
         name=loaded.name,
         tokenizer=loaded.tokenizer,
         architecture=loaded.config,
@@ -135,10 +146,11 @@ def make_runner(prepared: Prepared, config: ServeConfig, *, kept: Sequence[Seque
         slots=config.max_slots,
         context=prepared.context,
         buckets=config.prefill_buckets,
-        lone_program=backend == "cpu",
+        lone_program=backend == "cpu" and prepared.mesh is None,
         greedy_program=backend == "gpu",
         logits=cpu_logits if prepared.dense else Decoder.logits,
         compiler_options=command_buffer_options(config.command_buffers) if backend == "gpu" else None,
+        mesh=prepared.mesh,
         kept=kept,
     )
 
@@ -151,10 +163,11 @@ def table_path(config: ServeConfig) -> Path | None:
     if where != "auto":
         return Path(where).expanduser()
     kind = re.sub(r"\W+", "-", jax.devices()[0].device_kind).lower()
+    of = f"{kind}-tp{config.tensor_parallel}.json"
     checkpoint = find_checkpoint(config.model)
     if checkpoint is not None:
-        return checkpoint.parent / f"{checkpoint.name}-latency-{kind}-tp1.json"
-    return cache_dir() / "latency" / f"{re.sub(r'[^\w.]+', '-', config.model)}-{kind}-tp1.json"
+        return checkpoint.parent / f"{checkpoint.name}-latency-{of}"
+    return cache_dir() / "latency" / f"{re.sub(r'[^\w.]+', '-', config.model)}-{of}"
 
 
 def table_identity(config: ServeConfig, prepared: Prepared) -> dict[str, Any]:
@@ -164,7 +177,7 @@ def table_identity(config: ServeConfig, prepared: Prepared) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "model": prepared.name,
         "weights": prepared.description,
-        "tp": 1,
+        "tp": config.tensor_parallel,
         "slots": config.max_slots,
         "context": prepared.context,
         "buckets": sorted(config.prefill_buckets),
@@ -293,8 +306,11 @@ def recovers(config: ServeConfig) -> bool:
     return config.model == DEMO and config.quantize == "auto" and config.group_size is None
 
 
-def prepare(model: Decoder, config: ServeConfig) -> tuple[Decoder, str, bool]:
-    """Quantize and lay out the weights for serving; says what was done, and whether they are dense ones on a CPU."""
+def prepare(model: Decoder, config: ServeConfig, mesh: Mesh | None = None) -> tuple[Decoder, str, bool]:
+    """Quantize and lay out the weights for serving; says what was done, and whether they are dense ones on a CPU.
+
+    With a mesh the parts of its devices are given, side by side.
+    """
     cpu = jax.default_backend() == "cpu"
     expand = config.weights == "expanded" or (config.weights == "auto" and cpu)
     description = f"{jnp.dtype(model.dtype).name} weights as loaded"
@@ -313,14 +329,19 @@ def prepare(model: Decoder, config: ServeConfig) -> tuple[Decoder, str, bool]:
         model = quantize_tables(model)
     compressed = int4 or config.embedding == "int8"
     expand = expand and compressed
-    dense = cpu and model.dtype == jnp.float32 and (expand or not compressed)
+    dense = cpu and mesh is None and model.dtype == jnp.float32 and (expand or not compressed)
     if expand:
         description += f", expanded to {jnp.dtype(model.dtype).name}"
         model = expand_tables(model, model.dtype) if dense else expand_model(model, model.dtype)
     if dense:
-        model = lay_out_for_cpu(model)
+        laid_out = lay_out_for_cpu
     elif cpu:
-        model = unstack(model)
-    elif compressed and not expand:
-        model = lay_out(model)
+        laid_out = unstack
+    else:
+        laid_out = lay_out if compressed and not expand else lambda model: model
+    if mesh is None:
+        model = laid_out(model)
+    else:
+        model = divide(model, mesh, lay_out=laid_out, reduction=config.reduction)
+        description += f", divided over {mesh.size} devices"
     return jax.block_until_ready(model), description, dense
