@@ -178,6 +178,8 @@ def table_identity(config: ServeConfig, prepared: Prepared) -> dict[str, Any]:
         "model": prepared.name,
         "weights": prepared.description,
         "tp": config.tensor_parallel,
+        "reduction": config.reduction if config.tensor_parallel > 1 else None,
+        "command buffers": config.command_buffers,
         "slots": config.max_slots,
         "context": prepared.context,
         "buckets": sorted(config.prefill_buckets),
