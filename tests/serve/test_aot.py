@@ -26,7 +26,7 @@ def run(monkeypatch, capsys, *flags: str) -> dict:
     ("flags", "message"),
     [
         (["--topology", "v1:2x2"], "tpu must be one of v5e, v5p, v6e, tpu7x, got 'v1'"),
-        (["--topology", "h200", "--tp", "2"], "tp 2 on GPUs is not there yet"),
+        (["--topology", "h200", "--tp", "9"], "tp must be from 1 to 8 GPUs of one host, got 9"),
         (["--model", "nothing.yaml"], "nothing.yaml does not exist"),
         (["--slot", "3"], "slot"),
     ],
@@ -45,15 +45,15 @@ def test_no_array_of_a_described_model_is_made():
     assert layer.qkv.weight.shape == (1536, 4096)
     assert layer.down.linear.weight.shape == (4096, 3584)
     assert model.head.shape == (128256 // 4, 4096)
-    # A quarter of 3.5 GB of codes and of the head, and the whole of the embedding.
-    assert 2.1e9 < weight_bytes(model) < 2.3e9
+    # A quarter of 3.5 GB of codes, of the head and of the embedding.
+    assert 1.35e9 < weight_bytes(model) < 1.5e9
 
 
 @pytest.mark.aot
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("topology", "tp"),
-    [("v5e:2x2", 1), ("v5p:2x2x1", 1), ("v6e:2x2", 1), ("tpu7x:2x2x1", 1), ("v6e:2x2", 4), ("h200", 1)],
+    [("v5e:2x2", 1), ("v5p:2x2x1", 1), ("v6e:2x2", 1), ("tpu7x:2x2x1", 1), ("v6e:2x2", 4), ("h200", 1), ("h200", 2)],
 )
 def test_a_model_compiles_with_its_kernels(topology: str, tp: int):
     """Two layers of Llama-3.1-8B: weights come in packed, and nothing as large as one is made on the way."""
