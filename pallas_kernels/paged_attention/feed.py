@@ -231,10 +231,10 @@ class Block:
 
 
 def _copy_plain(source, target, barrier) -> None:
-    """Copy consecutive values as plain bytes, which asks for 16 bytes' alignment.
+    """Copy consecutive values as plain bytes, which asks for an alignment of 16 bytes.
 
-    A copy by tensor map asks for 128 in shared memory, where 16 scales are 64 bytes: on the device it is an error, which
-    neither compiler nor interpreter sees. Mosaic takes the plain form where it may leave out checking bounds.
+    A tensor copy asks for 128 in shared memory, where 16 scales take 64: an error on the device, which neither compiler
+    nor interpreter sees. Mosaic takes the plain form where it need not check bounds.
     """
     plgpu.copy_gmem_to_smem(source, target, barrier, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
