@@ -57,7 +57,7 @@ _WAY_MICROSECONDS = 0.25
 """What a warpgroup takes for a block of 64 x 64 codes besides multiplying: waiting, reading, converting."""
 
 _LATENCY_MICROSECONDS = 1.1
-"""From a slot's being empty to its being full again: a cut with one slot took 1.77 us a block, of which 0.57 to compute."""
+"""From a slot's being empty to its being full again: with one slot a block took 1.77 us, 0.57 of them to compute."""
 
 _COPY_MICROSECONDS = 0.1
 _BYTES_PER_MICROSECOND = 60_000
@@ -325,9 +325,10 @@ def candidates(m: int, shape: Shape) -> list[HopperConfig]:
     found = []
     for tile_m, row_tiles, k_parts in itertools.product(tiles, (1, 2, 3, 4), (1, 2, 4)):
         large = tile_m >= RATIONED_ROWS
-        if row_tiles * k_parts > (3 if large else _WARPGROUPS):
+        if row_tiles * k_parts > _WARPGROUPS:
             continue
-        for splits, blocks in itertools.product((1, 2) if large else (1, 2, 4, 8), (1, 2) if large else (1, 2, 4, 7, 8)):
+        paces = itertools.product((1, 2), (1, 2)) if large else itertools.product((1, 2, 4, 8), (1, 2, 4, 7, 8))
+        for splits, blocks in paces:
             cut = {"tile_m": tile_m, "row_tiles": row_tiles, "k_parts": k_parts, "splits": splits, "blocks": blocks}
             config = HopperConfig(**cut, slots=1)
             if shape.fits(config):
