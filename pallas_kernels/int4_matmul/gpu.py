@@ -270,7 +270,7 @@ class Shape:
         share = config.tile_m // config.reducers
         sums = config.parts * tiles * SIDE * share * 4 if config.parts > 1 else 0
         result = config.row_tiles * share * SIDE * 2
-        if self.paired and share <= SIDE:  # odd tiles wait in float32, half of the tiles are stored
+        if self.paired and share == SIDE:  # odd tiles wait in float32: of fewer rows they fit into what is spare
             result += config.row_tiles * share * SIDE
         return ring + sums + result + _SPARE_BYTES <= SHARED_BYTES
 
