@@ -76,6 +76,9 @@ def test_a_model_compiles_with_its_kernels(topology: str, tp: int):
     )
     for result in compile_steps(config):
         assert result["kernel_calls"] >= 4
+        if on_gpu and tp > 1 and result["step"] == "decode":
+            # A norm, then in each layer qkv, attention, o with its sum and norm, gate_up, down with its sum and norm.
+            assert result["kernel_calls"] == 1 + 2 * 7
         assert result["argument_bytes"] < 1.02 * weight_bytes(model) + 2 * 16 * 8 * 2432 * 128 * 2 * 2 // tp
         assert result["temporary_bytes"] < (100 if on_gpu else 48) * 2**20
         assert result["hbm_bytes"] < result["argument_bytes"] + result["temporary_bytes"] + 2**20
