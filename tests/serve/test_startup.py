@@ -173,3 +173,18 @@ def test_the_size_of_a_correction_is_that_of_its_product() -> None:
     ones = {name: [one for i in range(3) if (one := bank.at(i)) is not None] for name, bank in banks.items()}
     expected = {name: sum(np.linalg.norm(product(one)) for one in some) for name, some in ones.items()}
     assert correction_scores(banks) == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_architecture_is_measured_with_random_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = tmp_path / "tiny.yaml"
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+    sizes = {name: getattr(tiny_config(), name) for name in ("family", *names, "max_position")}
+    shape.write_text("".join(f"{name}: {value}\n" for name, value in sizes.items()))
+    table = SchedulerConfig(latency_table="none")
+    serve = ServeConfig(
+        model=f"random:{shape}", max_context=64, prefill_buckets=(8,), max_slots=2, group_size=32, scheduler=table
+    )
+    bench(BenchConfig(serve=serve, load="fixed", rates=(50.0,), requests=3, prompt_tokens=9, tokens=4))
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert (result["requests"], result["refused"]) == (3, 0)
+    assert result["output_tokens_per_second"] == pytest.approx(12 / result["seconds"])
