@@ -124,11 +124,12 @@ def wait(
 ) -> None:
     """Let a warpgroup wait for all devices' parts of up to `tiles` tiles that there are, and of the coordinates.
 
-    After `patience` nanoseconds it writes into `fault` whom it waited for, and goes on, as do all that find that there.
+    After `patience` nanoseconds it writes into `fault` whom it waited for, and goes on, as do all that find that there;
+    interpreted, after so many looks.
     """
     devices, parts, size = sum_.devices, tiles + coordinates, flags.shape[-1]
     if interpret:
-        _wait_in_jax(flags, sum_, row_block, first_tile, tiles, coordinates)
+        _wait_in_jax(flags, fault, sum_, row_block, first_tile, tiles, coordinates, patience)
         return
     assert parts * devices <= _THREADS, (parts, devices)
 
@@ -188,12 +189,24 @@ DONE:
 }"""
 
 
-def _wait_in_jax(flags, sum_: Sum, row_block, first_tile, tiles: int, coordinates: bool) -> None:
-    # What the assembly does, for the interpreter, where a lost device is the test's time limit.
+def _wait_in_jax(flags, fault, sum_: Sum, row_block, first_tile, tiles: int, coordinates: bool, patience: int) -> None:
+    # What the assembly does, for the interpreter, which has no clock.
+    most = jnp.int32(min(patience, jnp.iinfo(jnp.int32).max))
+
     def until(tile) -> None:
         for sender in range(sum_.devices):
             at = (sum_.line(sender), sum_.flag(row_block, tile))
-            lax.while_loop(lambda seen: seen != sum_.number, lambda _, at=at: flags[at], flags[at])
+            start = (jnp.int32(0), flags[at], fault[0])
+            _, seen, failed = lax.while_loop(
+                lambda state: (state[0] < most) & (state[1] != sum_.number) & (state[2] == 0),
+                lambda state, at=at: (state[0] + 1, flags[at], fault[0]),
+                start,
+            )
+
+            @pl.when((seen != sum_.number) & (failed == 0))
+            def _(sender=sender):
+                for i, value in enumerate((jnp.int32(1), sum_.number, sum_.me, jnp.int32(sender))):
+                    fault[i] = value
 
     for i in range(tiles):
         pl.when(first_tile + i < sum_.tiles)(lambda i=i: until(first_tile + i))

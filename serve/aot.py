@@ -18,25 +18,28 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from rich.console import Console
 from rich.table import Table
 
 from pallas_kernels import dispatch, tpus
+from pallas_kernels.peer_reduce import Reduction
 from pallas_kernels.topology import GPUS, compiler_environment, gpu_topology, tpu_topology
 from serve.bench_step import random_model
 from serve.gpu import lay_out_for_hopper
 from serve.request import SamplingParams
 from serve.runner import decode_step, empty_state, prefill_step
 from serve.sampling import SamplingState
-from serve.tensor_parallel import AXIS, divide_rows, gathered_logits, on_each, part_of
 from serve.tpu import lay_out_for_tpu
 from spear_jax.cli import parse_flags, run_main
 from spear_jax.config import ModelConfig, load_yaml
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.quantize import weight_bytes
+from spear_jax.nn.row_parallel import AXIS
 from spear_jax.quant import QuantSpec
+from spear_jax.sharding import OWN, SAME, of_parts, part, part_of, sum_rows
 
+_MOST_GPUS = 8
 _H200 = (4.8e12, 989e12)
 """Bytes and dense bfloat16 operations a second of an H200 (NVIDIA's data sheet)."""
 
@@ -51,13 +54,16 @@ class AotConfig:
     """
 
     topology: str = "v6e:2x2"
-    """GPUs of one machine, h200:1x1x2, or a TPU and its chips: v5e:2x2, v5p:2x2x1, v6e:2x2, tpu7x:2x2x1."""
+    """GPUs of one machine, h200 or h200:1x1x2, or a TPU and its chips: v5e:2x2, v5p:2x2x1, v6e:2x2, tpu7x:2x2x1."""
 
     model: Path = Path("configs/models/llama-3.1-8b.yaml")
     """YAML file of the architecture."""
 
     tp: int = 1
     """Devices that the model is divided over."""
+
+    reduction: Reduction = "dual-write"
+    """How devices sum parts of products: each writes into the others' memory, or psum."""
 
     layers: int | None = None
     """Keep the first layers only."""
@@ -91,13 +97,15 @@ class _Target:
     @classmethod
     def named(cls, topology: str, tp: int) -> "_Target":
         name, _, chips = topology.partition(":")
-        on_gpus = name in GPUS
-        devices = gpu_topology(name, count=_gpus(chips)).devices if on_gpus else tpu_topology(topology).devices
+        if name in GPUS:
+            count = _gpus(chips) if chips else _MOST_GPUS
+            if not 1 <= tp <= count:
+                raise ValueError(f"tp must be from 1 to {count} GPUs of one host, got {tp}")
+            devices = list(gpu_topology(name, count=tp).devices)
+            return cls(platform="gpu", kind="NVIDIA H200", devices=devices, bandwidth=_H200[0], flops=_H200[1])
+        devices = tpu_topology(topology).devices
         if not 1 <= tp <= len(devices):
             raise ValueError(f"tp must be from 1 to the {len(devices)} devices of {topology}, got {tp}")
-        if on_gpus:
-            rates = dict(zip(("bandwidth", "flops"), _H200, strict=True))
-            return cls(platform="gpu", kind="NVIDIA H200", devices=list(devices[:tp]), **rates)
         kind = devices[0].device_kind
         chip = tpus.generation(kind)
         rates = {"bandwidth": chip.bandwidth * chip.cores, "flops": chip.bf16_flops * chip.cores}
@@ -105,27 +113,23 @@ class _Target:
 
 
 def _gpus(chips: str) -> int:
-    """Read how many GPUs "1x1x2" are, one where nothing is said."""
-    one, of, count = (chips or "1x1x1").rpartition("x")
-    if (one, of) != ("1x1", "x") or not count.isdecimal():
+    """Read how many GPUs "1x1x2" are."""
+    machine, _, count = chips.rpartition("x")
+    if machine != "1x1" or not count.isdecimal():
         raise ValueError(f"GPUs of one machine are given as h200:1x1xN, got {chips!r}")
     return int(count)
 
 
 def abstract_model(config: ModelConfig, aot: AotConfig, lay_out: Callable[[Decoder], Decoder]) -> Decoder:
     """Describe one device's part of a model with random int4 weights, laid out; no array is made."""
-    part = part_of(config, aot.tp)
+    part_of(config, aot.tp)
 
     def build() -> Decoder:
         spec = QuantSpec(group_size=aot.group_size)
-        model = lay_out(random_model(part, spec=spec, rank=aot.rank, dtype=jnp.dtype(jnp.bfloat16)))
-        if aot.tp > 1:
-            model = divide_rows(model, parts=aot.tp)
-            if model.head is not None:
-                if config.vocab_size % aot.tp:
-                    raise ValueError(f"tp {aot.tp} does not divide the vocabulary of {config.vocab_size}")
-                model.head = jax.tree.map(lambda rows: rows[: config.vocab_size // aot.tp], model.head)
-        return model
+        model = random_model(config, spec=spec, rank=aot.rank, dtype=jnp.dtype(jnp.bfloat16))
+        if aot.tp == 1:
+            return lay_out(model)
+        return sum_rows(lay_out(part(model, 0, aot.tp)), parts=aot.tp, reduction=aot.reduction)
 
     return jax.eval_shape(build)
 
@@ -133,10 +137,9 @@ def abstract_model(config: ModelConfig, aot: AotConfig, lay_out: Callable[[Decod
 def steps(model: Decoder, aot: AotConfig) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     """Give decode and prefill as functions of (leaves, state, ...), and what further arguments they take."""
     tree = jax.tree.structure(model)
-    logits = gathered_logits if aot.tp > 1 and model.head is not None else Decoder.logits
 
     def of(step: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda leaves, state, *rest: step(jax.tree.unflatten(tree, leaves), logits, state, *rest)
+        return lambda leaves, state, *rest: step(jax.tree.unflatten(tree, leaves), Decoder.logits, state, *rest)
 
     greedy = SamplingState.of([SamplingParams(max_tokens=1, temperature=0.0)])
     chunk = (np.zeros((1, aot.chunk), np.int32), np.zeros(4, np.int32), greedy)
@@ -156,7 +159,8 @@ def compile_steps(aot: AotConfig) -> list[dict[str, Any]]:
     lay_out = lay_out_for_tpu if target.platform == "tpu" else lay_out_for_hopper
     with dispatch.compiling_for(target.platform, kind=target.kind):
         model = abstract_model(config, aot, lay_out)
-        state = jax.eval_shape(lambda: empty_state(model, slots=aot.slots, context=aot.context, padding=aot.chunk))
+        sizes = {"slots": aot.slots, "context": aot.context, "padding": aot.chunk, "devices": aot.tp}
+        state = jax.eval_shape(lambda: empty_state(model, **sizes))
         results = []
         for name, (step, rest) in steps(model, aot).items():
             begin = time.perf_counter()
@@ -183,17 +187,17 @@ def _lower(step: Callable[..., Any], held: Any, rest: tuple[Any, ...], devices: 
         )
         return jax.jit(step, donate_argnums=1).lower(*held, *rest)
     mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
-    own, same = PartitionSpec(AXIS), PartitionSpec()
+    divided = of_parts(step, mesh, own=2, gives=(SAME, OWN))
+    results = (NamedSharding(mesh, SAME), NamedSharding(mesh, OWN))
 
     def parts(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((len(devices), *x.shape), x.dtype, sharding=NamedSharding(mesh, own))
+        return jax.ShapeDtypeStruct((len(devices), *x.shape), x.dtype, sharding=NamedSharding(mesh, OWN))
 
     def whole(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, same))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, SAME))
 
-    return jax.jit(on_each(step, devices), donate_argnums=1).lower(
-        *jax.tree.map(parts, held), *jax.tree.map(whole, rest)
-    )
+    run = jax.jit(divided, donate_argnums=1, out_shardings=results)
+    return run.lower(*jax.tree.map(parts, held), *jax.tree.map(whole, rest))
 
 
 def _costs(compiled: Any) -> dict[str, Any]:

@@ -6,7 +6,6 @@ All layers, head and sampling are one jitted program, as the server runs it; not
 import contextlib
 import dataclasses
 import datetime
-import functools
 import itertools
 import json
 import statistics
@@ -20,10 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array
 from rich.console import Console
 from rich.table import Table
 
+from pallas_kernels.peer_reduce import Reduction
 from serve.gpu import CommandBuffers, command_buffer_options
 from serve.layout import lay_out
 from serve.runner import DeviceState, Runner
@@ -31,7 +32,9 @@ from spear_jax.cli import parse_flags, run_main
 from spear_jax.config import ModelConfig, load_yaml
 from spear_jax.models.decoder import MODULES, Decoder, weight_shapes
 from spear_jax.models.quantize import weight_bytes
+from spear_jax.nn.row_parallel import PeerCache
 from spear_jax.quant import CompensatorBank, QuantSpec, QuantTensor
+from spear_jax.sharding import divide, make_mesh
 from spear_jax.versions import package_versions
 
 _WARM_UP = 3
@@ -59,6 +62,12 @@ class StepConfig:
 
     group_size: Literal[-1, 32, 64, 128] = -1
     """Columns that share a scale."""
+
+    tensor_parallel: int = 1
+    """Devices that the model is divided over."""
+
+    reduction: Reduction = "dual-write"
+    """How devices sum parts of products: through each other's inboxes on Hopper GPUs, or psum."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of activations."""
@@ -89,7 +98,7 @@ class StepConfig:
         for name in ("rows", "ranks", "command_buffers", "steps_per_call"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: give at least one")
-        for name, least in {"context": 1, "steps": 1, "repeats": 1, "layers": 1}.items():
+        for name, least in {"context": 1, "steps": 1, "repeats": 1, "layers": 1, "tensor_parallel": 1}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -135,18 +144,31 @@ def _bank(key: Array, rank: int, layers: int, n: int, k: int) -> CompensatorBank
     return CompensatorBank((rank,) * layers, a, bt, a_scale=scale, bt_scale=scale)
 
 
-@functools.partial(jax.jit, static_argnames=("context",), donate_argnums=0)
 def _filled(state: DeviceState, *, context: int) -> DeviceState:
     """Give a state whose slots hold `context` tokens each, of random keys and values."""
-    leaves, tree = jax.tree.flatten(state.cache)
-    drawn = [jax.random.normal(jax.random.key(i), leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves)]
-    return dataclasses.replace(
-        state, cache=jax.tree.unflatten(tree, drawn), length=jnp.full_like(state.length, context)
-    )
+
+    def fill(state: DeviceState) -> DeviceState:
+        cache = state.cache
+        leaves, tree = jax.tree.flatten(cache.cache if isinstance(cache, PeerCache) else cache)
+        drawn = [jax.random.normal(jax.random.key(i), leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves)]
+        filled: Any = jax.tree.unflatten(tree, drawn)
+        if isinstance(cache, PeerCache):
+            filled = dataclasses.replace(cache, cache=filled)
+        return dataclasses.replace(state, cache=filled, length=jnp.full_like(state.length, context))
+
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.block_until_ready(jax.jit(fill, donate_argnums=0, out_shardings=places)(state))
 
 
 def time_steps(
-    model: Decoder, config: StepConfig, *, rows: int, buffers: CommandBuffers, per_call: int, profile: Path | None
+    model: Decoder,
+    config: StepConfig,
+    *,
+    rows: int,
+    buffers: CommandBuffers,
+    per_call: int,
+    profile: Path | None,
+    mesh: Mesh | None = None,
 ) -> dict[str, float]:
     """Time a decode step of `rows` sequences, `per_call` of them in a program.
 
@@ -161,11 +183,13 @@ def time_steps(
         greedy_program=config.sampling == "greedy",
         steps_per_call=per_call,
         compiler_options=command_buffer_options(buffers) if jax.default_backend() == "gpu" else None,
+        mesh=mesh,
     )
     runner._state = _filled(runner._state, context=config.context)
     active = np.ones(rows, bool)
     for _ in range(_WARM_UP):
         jax.block_until_ready(runner.decode(active))
+        runner.check()
     times = []
     for repeat in range(config.repeats + 1):
         trace = contextlib.nullcontext()
@@ -180,6 +204,7 @@ def time_steps(
             jax.block_until_ready(token)
         if repeat < config.repeats:
             times.append([(end - begin) / config.steps * 1e3 for end in (time.perf_counter(), called)])
+    runner.check()
     return dict(zip(("ms", "host_ms"), map(statistics.median, zip(*times, strict=True)), strict=True))
 
 
@@ -193,6 +218,7 @@ def bench(config: StepConfig) -> Mapping[str, Any]:
     architecture = load_yaml(ModelConfig, config.model)
     if config.layers is not None:
         architecture = dataclasses.replace(architecture, num_layers=min(config.layers, architecture.num_layers))
+    mesh = make_mesh(config.tensor_parallel) if config.tensor_parallel > 1 else None
     device = jax.devices()[0]
     results: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -207,13 +233,13 @@ def bench(config: StepConfig) -> Mapping[str, Any]:
         spec = QuantSpec(group_size=config.group_size)
         model = random_model(architecture, spec=spec, rank=rank, dtype=jnp.dtype(config.dtype))
         nbytes = weight_bytes(model)
-        model = lay_out(model)
+        model = lay_out(model) if mesh is None else divide(model, mesh, lay_out=lay_out, reduction=config.reduction)
         jax.block_until_ready(jax.tree.leaves(model))
         for rows, buffers, per_call in itertools.product(config.rows, config.command_buffers, config.steps_per_call):
             name = f"rows-{rows}-rank-{rank}-{buffers}-{per_call}"
             profile = None if config.profile is None else config.profile / name
             case = {"rows": rows, "rank": rank, "command_buffers": buffers, "steps_per_call": per_call}
-            case |= time_steps(model, config, rows=rows, buffers=buffers, per_call=per_call, profile=profile)
+            case |= time_steps(model, config, rows=rows, buffers=buffers, per_call=per_call, profile=profile, mesh=mesh)
             case["weight_bytes"] = nbytes
             results["cases"].append(case)
             times = f"{case['ms']:.3f}", f"{case['host_ms']:.3f}"

@@ -13,6 +13,7 @@ from serve.paged_cache import PagedKVCache, suits_pages
 from spear_jax.config import ModelConfig
 from spear_jax.nn.attention import Index
 from spear_jax.nn.rope import Rope, apply_rope
+from spear_jax.nn.row_parallel import PeerCache
 
 BLOCK = 128
 """Keys attended to at once; the length of a cache without pages is a multiple of it."""
@@ -94,8 +95,10 @@ def allocate(
     return zeros(config.num_layers) if stacked else tuple(zeros(None) for _ in range(config.num_layers))
 
 
-def last_position(cache: Cache | tuple[Cache, ...]) -> int:
+def last_position(cache: Cache | tuple[Cache, ...] | PeerCache) -> int:
     """Give the position that no request reaches."""
+    if isinstance(cache, PeerCache):
+        return last_position(cache.cache)
     return (cache[0] if isinstance(cache, tuple) else cache).length - 1
 
 

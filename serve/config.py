@@ -30,8 +30,12 @@ class ServeConfig:
     """expanded: write the int4 weights out once at load, the same values in more memory. packed: unpack them in every
     step. auto: expanded on CPU, where unpacking costs more than reading, packed elsewhere."""
 
-    tp: int = 1
-    """Devices that an int4 model is divided over, by heads and by the MLP's features; both must be divisible."""
+    tensor_parallel: int = 1
+    """Devices of this machine that the model is divided over."""
+
+    reduction: Literal["psum", "dual-write"] = "dual-write"
+    """How devices sum parts of products. dual-write: on Hopper GPUs and TPUs each writes into all devices' memory, up to
+    64 rows; elsewhere, and above, as psum. psum: XLA's collective."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of activations, KV cache and unquantized weights; auto: float32 on CPU, bfloat16 elsewhere."""
@@ -79,7 +83,13 @@ class ServeConfig:
         Raises:
             ValueError: Names the setting and its value.
         """
-        for name, low in (("max_slots", 1), ("tp", 1), ("stall_tokens", 1), ("max_num_queued_reqs", 0), ("port", 0)):
+        for name, low in (
+            ("max_slots", 1),
+            ("tensor_parallel", 1),
+            ("stall_tokens", 1),
+            ("max_num_queued_reqs", 0),
+            ("port", 0),
+        ):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if self.port > 65535:

@@ -2,21 +2,28 @@
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels.peer_reduce import empty_inbox
 from serve.cache import Cache, allocate, batch_attend, last_position, slot_attend
 from serve.request import SamplingParams
 from serve.sampling import SamplingState, likeliest, sample
-from serve.tensor_parallel import on_all, on_each
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.quantize import weight_bytes
+from spear_jax.nn.row_parallel import MOST_ROWS, PeerCache
+from spear_jax.sharding import OWN, SAME, of_parts, sums_by_inbox
+
+_CHECK_SECONDS = 1.0
+"""How often the runner looks whether a device was lost, which waits for the steps that run."""
 
 type Logits = Callable[[Decoder, Array], Array]
 
@@ -29,7 +36,7 @@ class DeviceState:
     `token` [S] is the last token of each slot, not yet in the cache; `length` [S] counts those that are.
     """
 
-    cache: Cache | tuple[Cache, ...]
+    cache: Cache | tuple[Cache, ...] | PeerCache
     token: Any
     length: Any
     sampling: SamplingState
@@ -44,8 +51,10 @@ class Runner:
 
     With `greedy_program` steps without random sampling run in a program that has no branch for it: on a GPU launches
     follow one another without the host waiting for the device's choice. `steps_per_call` steps of decoding run in one
-    program, for measuring: what they give but the last is lost. `devices` are those of a model that was divided
-    (`serve.tensor_parallel.divide`).
+    program, for measuring: what they give but the last is lost.
+
+    With a `mesh` the model is the parts of its devices side by side (`spear_jax.sharding.divide`), and so is the state.
+    Inboxes, where sums go through such, are in it: made and in place before the first program, and donated with it.
     """
 
     def __init__(
@@ -59,24 +68,28 @@ class Runner:
         greedy_program: bool = False,
         steps_per_call: int = 1,
         logits: Logits = Decoder.logits,
-        devices: Sequence[Any] = (),
         compiler_options: Mapping[str, str] | None = None,
+        mesh: Mesh | None = None,
     ):
         self.slots = slots
         self.buckets = tuple(sorted(buckets))
         leaves, tree = jax.tree.flatten(model)
         self._leaves: list[Array] = _committed(leaves)
-        make_state = functools.partial(empty_state, model, slots=slots, context=context, padding=self.buckets[-1])
-        state = on_all(make_state, devices) if devices else make_state()
+        sizes = {"slots": slots, "context": context, "padding": self.buckets[-1]}
+        if mesh is None:
+            state = empty_state(model, **sizes)
+        else:
+            state = jax.block_until_ready(_state_of_parts(model, mesh, **sizes))
         self.cache_bytes = weight_bytes(state.cache)
         self._state = _committed(state)
-        compiled = functools.partial(_jit, tree, logits=logits, devices=devices, options=compiler_options)
+        self._mesh, self._checked = mesh, time.monotonic()
+        compiled = functools.partial(_jit, tree, logits=logits, options=compiler_options, mesh=mesh)
         self._prefill = compiled(prefill_step)
         self._decode_all = compiled(_repeated(decode_step, steps_per_call))
         self._decode_greedy = compiled(_repeated(greedy_step, steps_per_call)) if greedy_program else None
         self._decode_one = compiled(_decode_one) if lone_program and slots > 1 else None
         self._random = np.zeros(slots, bool)
-        self._active = np.ones(slots, bool), jax.device_put(np.ones(slots, bool))
+        self._active = np.ones(slots, bool), self._everywhere(np.ones(slots, bool))
 
     @property
     def num_programs(self) -> int:
@@ -101,18 +114,37 @@ class Runner:
         return padded, np.array([slot, start, len(tokens), last], np.int32), SamplingState.of([params])
 
     def decode(self, active: Bool[np.ndarray, " S"]) -> Int[Array, " S"]:
-        """Give every active slot its next token; other entries mean nothing."""
+        """Give every active slot its next token; other entries mean nothing.
+
+        Raises:
+            PeerLostError: About once a second it is looked whether a device waited in vain for another one.
+        """
+        if time.monotonic() - self._checked > _CHECK_SECONDS:
+            self.check()
         if self._decode_one is not None and active.sum() == 1:
             token, self._state = self._decode_one(self._leaves, self._state, np.int32(active.argmax()))
             return token
         if not np.array_equal(active, self._active[0]):
             # Kept: with arguments that stay where they are XLA need not change its CUDA graphs.
             active = active.copy()
-            self._active = active, jax.device_put(active)
+            self._active = active, self._everywhere(active)
         draws = (self._random & active).any()
         program = self._decode_all if draws or self._decode_greedy is None else self._decode_greedy
         token, self._state = program(self._leaves, self._state, self._active[1])
         return token
+
+    def check(self) -> None:
+        """Wait for the steps that run, and raise where a device was lost.
+
+        Raises:
+            PeerLostError: Names the kernel and the devices.
+        """
+        self._checked = time.monotonic()
+        if isinstance(self._state.cache, PeerCache):
+            self._state.cache.inbox.check()
+
+    def _everywhere(self, array: np.ndarray) -> Array:
+        return jax.device_put(array, None if self._mesh is None else NamedSharding(self._mesh, SAME))
 
     def warm_up(self) -> Iterator[str]:
         """Compile every program, two at a time, and run it once; yield the name of each that is done.
@@ -136,6 +168,9 @@ class Runner:
         with ThreadPoolExecutor(max_workers=2) as pool:
             # A call finds what was compiled for the same function, shapes and placement.
             pending = [pool.submit(lambda f, a: f.lower(leaves, state, *a).compile(), f, a) for _, f, a in programs]
+            if self._mesh is not None:
+                # None runs while another is compiled: devices wait for each other, and compiling may make one wait.
+                wait(pending)
             for (name, program, args), compiled in zip(programs, pending, strict=True):
                 compiled.result()
                 token, self._state = program(self._leaves, self._state, *args)
@@ -143,16 +178,36 @@ class Runner:
                 yield name
 
 
-def empty_state(model: Decoder, *, slots: int, context: int, padding: int) -> DeviceState:
-    """Make the state of idle slots, each with room for `context` tokens, and `padding` past them for chunks."""
+def empty_state(model: Decoder, *, slots: int, context: int, padding: int, devices: int = 1) -> DeviceState:
+    """Make the state of idle slots, each with room for `context` tokens, and `padding` past them for chunks.
+
+    A part of a model that is divided over several devices gets what one of them holds.
+    """
     stacked = not hasattr(model.layers, "__len__")
     greedy = SamplingParams(max_tokens=1, temperature=0.0)
+    cache: Any = allocate(
+        model.config, slots=slots, context=context, padding=padding, dtype=model.dtype, stacked=stacked
+    )
+    if sums_by_inbox(model):
+        rows = min(MOST_ROWS, max(slots, padding))
+        inbox = empty_inbox(devices=devices, rows=rows, columns=model.config.hidden_size)
+        cache = PeerCache(cache=cache, inbox=inbox)
     return DeviceState(
-        cache=allocate(model.config, slots=slots, context=context, padding=padding, dtype=model.dtype, stacked=stacked),
+        cache=cache,
         token=jnp.zeros(slots, jnp.int32),
         length=jnp.zeros(slots, jnp.int32),
         sampling=jax.tree.map(jnp.asarray, SamplingState.of([greedy] * slots)),
     )
+
+
+def _state_of_parts(model: Decoder, mesh: Mesh, **sizes: int) -> DeviceState:
+    """Make the states of all devices side by side, each where it belongs."""
+
+    def build() -> DeviceState:
+        state = empty_state(model, devices=mesh.size, **sizes)
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (mesh.size, *leaf.shape)), state)
+
+    return jax.jit(build, out_shardings=NamedSharding(mesh, OWN))()
 
 
 def _committed(arrays: Any) -> Any:
@@ -169,17 +224,21 @@ def _jit(
     step: Callable[..., tuple[Array, DeviceState]],
     *,
     logits: Logits,
-    devices: Sequence[Any] = (),
     options: Mapping[str, str] | None = None,
+    mesh: Mesh | None = None,
 ) -> Any:
     """Compile `step(model, logits, state, ...)` as a function of the model's arrays, with the state donated."""
 
-    @functools.wraps(step)
-    def run(leaves: list[Array], state: DeviceState, *args: Any) -> tuple[Array, DeviceState]:
+    def of_arrays(leaves: list[Array], state: DeviceState, *args: Any) -> tuple[Array, DeviceState]:
         return step(jax.tree.unflatten(tree, leaves), logits, state, *args)
 
-    whole = functools.wraps(step)(on_each(run, devices)) if devices else run
-    return jax.jit(whole, donate_argnums=1, compiler_options=dict(options or {}) or None)
+    run: Callable[..., Any] = functools.wraps(step)(of_arrays)
+    settings: dict[str, Any] = {"donate_argnums": 1, "compiler_options": dict(options or {}) or None}
+    if mesh is not None:
+        # Said outright: an inbox must come back where it was.
+        settings["out_shardings"] = (NamedSharding(mesh, SAME), NamedSharding(mesh, OWN))
+        run = of_parts(run, mesh, own=2, gives=(SAME, OWN))
+    return jax.jit(run, **settings)
 
 
 def prefill_step(

@@ -4,11 +4,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.monitoring
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -21,11 +21,11 @@ from serve.layout import lay_out
 from serve.metrics import Metrics
 from serve.runner import Runner
 from serve.scheduler import SlotScheduler
-from serve.tensor_parallel import divide, gathered_logits
 from spear_jax.models.decoder import Decoder, unstack
 from spear_jax.models.quantize import expand_model, expand_tables, quantize_model, quantize_tables, weight_bytes
 from spear_jax.models.source import DEMO
 from spear_jax.quant import QuantSpec, QuantTensor
+from spear_jax.sharding import ShardingRules, divide, make_mesh, part_of
 
 log = logging.getLogger(__name__)
 
@@ -86,24 +86,30 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console) -> Eng
     from spear_jax.recovery import load_recovered
 
     with Phases(console) as phases:
+        mesh = make_mesh(config.tensor_parallel) if config.tensor_parallel > 1 else None
         with phases.phase("load"):
-            loaded = load_recovered(dtype=config.dtype) if recovers(config) else load(config.model, dtype=config.dtype)
+            if recovers(config):
+                loaded = load_recovered(dtype=config.dtype)
+            else:
+                placement = None if mesh is None else ShardingRules().placement(mesh)
+                loaded = load(config.model, dtype=config.dtype, shardings=placement)
+        if mesh is not None:
+            part_of(loaded.config, mesh.size)  # refuses what cannot be divided before the slow work
         context = _context(config, loaded.config.max_position)
         with phases.phase("prepare weights" if config.quantize == "none" else "quantize"):
-            model, description, dense = prepare(loaded.model, config)
+            model, description, dense = prepare(loaded.model, config, mesh)
             name, tokenizer, architecture = loaded.name, loaded.tokenizer, loaded.config
             del loaded
-        devices = divided_over(config)
         runner = Runner(
             model,
             slots=config.max_slots,
             context=context,
             buckets=config.prefill_buckets,
-            lone_program=jax.default_backend() == "cpu",
-            logits=gathered_logits if devices and model.head is not None else cpu_logits if dense else Decoder.logits,
-            devices=devices,
+            lone_program=jax.default_backend() == "cpu" and mesh is None,
+            logits=cpu_logits if dense else Decoder.logits,
             greedy_program=jax.default_backend() == "gpu",
             compiler_options=command_buffer_options(config.command_buffers) if jax.default_backend() == "gpu" else None,
+            mesh=mesh,
         )
         with phases.phase("compile", steps=runner.num_programs):
             for program in runner.warm_up():
@@ -162,30 +168,18 @@ def _context(config: ServeConfig, max_position: int) -> int:
     return config.max_context
 
 
-def divided_over(config: ServeConfig) -> list[Any]:
-    """Give the devices that a model is divided over; none where one has it whole.
-
-    Raises:
-        ValueError: There are not as many.
-    """
-    found = jax.devices()
-    if config.tp > len(found):
-        raise ValueError(f"tp is {config.tp}, and there are {len(found)} devices")
-    return found[: config.tp] if config.tp > 1 else []
-
-
 def recovers(config: ServeConfig) -> bool:
     """Say whether to serve the calibrated demo model that comes with the package."""
     return config.model == DEMO and config.quantize == "auto" and config.group_size is None
 
 
-def prepare(model: Decoder, config: ServeConfig) -> tuple[Decoder, str, bool]:
-    """Quantize and lay out the weights for serving; says what was done, and whether they are dense ones on a CPU."""
+def prepare(model: Decoder, config: ServeConfig, mesh: Mesh | None = None) -> tuple[Decoder, str, bool]:
+    """Quantize and lay out the weights for serving; says what was done, and whether they are dense ones on a CPU.
+
+    With a mesh the parts of its devices are given, side by side.
+    """
     cpu = jax.default_backend() == "cpu"
-    devices = divided_over(config)
-    if devices and config.weights == "expanded":
-        raise ValueError(f"tp {config.tp} divides int4 weights, and --weights expanded leaves none")
-    expand = config.weights == "expanded" or (config.weights == "auto" and cpu and not devices)
+    expand = config.weights == "expanded" or (config.weights == "auto" and cpu)
     description = f"{jnp.dtype(model.dtype).name} weights as loaded"
     int4 = isinstance(model.layer(0).qkv.weight, QuantTensor)
     if int4:
@@ -202,17 +196,19 @@ def prepare(model: Decoder, config: ServeConfig) -> tuple[Decoder, str, bool]:
         model = quantize_tables(model)
     compressed = int4 or config.embedding == "int8"
     expand = expand and compressed
-    dense = cpu and not devices and model.dtype == jnp.float32 and (expand or not compressed)
+    dense = cpu and mesh is None and model.dtype == jnp.float32 and (expand or not compressed)
     if expand:
         description += f", expanded to {jnp.dtype(model.dtype).name}"
         model = expand_tables(model, model.dtype) if dense else expand_model(model, model.dtype)
-    if devices:
-        model = divide(model, devices, lay_out)
-        description += f", divided over {len(devices)} devices"
-    elif dense:
-        model = lay_out_for_cpu(model)
+    if dense:
+        laid_out = lay_out_for_cpu
     elif cpu:
-        model = unstack(model)
-    elif compressed and not expand:
-        model = lay_out(model)
+        laid_out = unstack
+    else:
+        laid_out = lay_out if compressed and not expand else lambda model: model
+    if mesh is None:
+        model = laid_out(model)
+    else:
+        model = divide(model, mesh, lay_out=laid_out, reduction=config.reduction)
+        description += f", divided over {mesh.size} devices"
     return jax.block_until_ready(model), description, dense

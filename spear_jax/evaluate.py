@@ -91,13 +91,16 @@ class EvaluateConfig:
     batch_size: int | None = None
     """Windows computed at a time; task batches hold about as many tokens. Default: 1 on CPU, 8 elsewhere."""
 
+    tensor_parallel: int = 1
+    """Devices of this machine that each model is divided over."""
+
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and activations; `auto` is float32 on CPU, bfloat16 elsewhere. The softmax is always float32."""
 
     def __post_init__(self) -> None:
         if self.window < 2:
             raise ValueError(f"--window must be at least 2 tokens, got {self.window}")
-        for name in ("max_windows", "limit", "batch_size"):
+        for name in ("max_windows", "limit", "batch_size", "tensor_parallel"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if self.compare and self.checkpoint is None:
@@ -200,8 +203,11 @@ class _Meter:
         import jax
         import numpy as np
 
+        from spear_jax.sharding import make_mesh
+
         self.config, self.examples, self.bos_id = config, examples, bos_id
         self.tokenizer, self.max_length = loaded.tokenizer, loaded.config.max_position
+        self.mesh = make_mesh(config.tensor_parallel) if config.tensor_parallel > 1 else None
         self.on_cpu = jax.default_backend() == "cpu"
         self.batch_size = config.batch_size or (1 if self.on_cpu else 8)
         self.tokens = None
@@ -213,9 +219,12 @@ class _Meter:
         """Give the figures of a model as JSON values."""
         from spear_jax.evaluation import perplexity, run_task
         from spear_jax.models.quantize import expand_model
+        from spear_jax.sharding import DividedModel, divide
 
         # Unpacking int4 in every step costs a CPU more than memory for the expanded weights.
-        model = expand_model(stored, stored.dtype) if self.on_cpu else stored
+        model: Any = expand_model(stored, stored.dtype) if self.on_cpu else stored
+        if self.mesh is not None:
+            model = DividedModel(parts=divide(model, self.mesh, lay_out=lambda part: part), mesh=self.mesh)
         prefix = f"{label}: " if label else ""
         result: dict[str, Any] = {}
         if self.tokens is not None:

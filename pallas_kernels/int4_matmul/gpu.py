@@ -109,6 +109,7 @@ def int4_matmul_mosaic_gpu(
         activation=activation,
         interpret=interpret,
     )
+    assert y is not None
     columns = n if activation is None else n // 2
     return y[: math.prod(batch), :columns].reshape(*batch, columns)
 

@@ -14,7 +14,7 @@ blocks of a row of clusters all compute them, which costs reading A from the sec
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +167,7 @@ class _Kernel(Block):
                 return
             z_tile.T[...] = plgpu.layout_cast(z.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.commit_smem()
+            assert z_full is not None
             plgpu.barrier_arrive(z_full)
 
         z = pl.run_scoped(run, Accumulator((SIDE, config.tile_m), jnp.float32))
@@ -304,7 +305,7 @@ class _Kernel(Block):
             plgpu.barrier_wait(odd_full)
             self._store(y, first, row_tile // 2, tile // 2, **refs | {"odd_tile": odd_tile})
 
-    def _store(self, y, first, row_tile, tile, *, y_tile, out=None, odd_tile=None, **refs) -> None:
+    def _store(self, y, first, row_tile, tile, *, y_tile, out: Any = None, odd_tile=None, **refs) -> None:
         if self.peers is not None:
             self._send(y, first, y_tile.at[row_tile], tile, **refs)
             return

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int8
 
 from pallas_kernels import dispatch
 from pallas_kernels.hopper import whole_rows
-from pallas_kernels.int4_matmul import Compensator
+from pallas_kernels.int4_matmul import Compensator, gated_coordinates
 from pallas_kernels.int4_matmul.gpu import choose_config
 from pallas_kernels.int4_matmul.hopper import int4_matmul_hopper
 from pallas_kernels.int4_matmul.operands import Layout
@@ -161,9 +161,10 @@ def _tail(
     rows = jnp.pad(rows, ((0, whole_rows(m) - m), (0, 0)))
     projection = {}
     if following is not None:
-        if following.gate is not None:
-            raise NotImplementedError("coordinates of the next product are gated elsewhere")
-        done = following.bt_scale is None
+        gate = following.gate
+        if gate is not None and gate.probe is not None:
+            raise NotImplementedError("the tail makes no projections of a gate's own")
+        done = gate is None and following.bt_scale is None
         projection = _projection(following) | {"z_dtype": jnp.bfloat16 if done else jnp.float32}
     out = peer_tail_hopper(
         *(peers, fault, rows, weight.astype(jnp.float32)),
@@ -176,4 +177,6 @@ def _tail(
     z = None
     if following is not None:
         z = out["z"][:m, : following.a.shape[0]].reshape(*residual.shape[:-1], -1)
+        if following.gate is not None:
+            z = gated_coordinates(x, z, None, following.gate)
     return x, h, z, out["generation"]

@@ -142,7 +142,9 @@ class _PeerTail(_Tail):
             }
         return shared
 
-    def __call__(self, *, first, first_tile, second_tile, full, generation, generation_out, **refs) -> None:
+    def __call__(self, *, first, first_tile, full, update=None, second_tile: Any = None, **refs) -> None:
+        assert update is None, "the update comes through the inbox"
+        generation, generation_out = refs["generation"], refs["generation_out"]
         warpgroup, split, row_block = (lax.axis_index(name) for name in ("warpgroup", "split", "rows"))
         start = (split * self.warpgroups + warpgroup) * self.columns
         rows, columns = pl.ds(row_block * ROWS, ROWS), pl.ds(start, self.columns)
@@ -279,7 +281,8 @@ class _PeerTail(_Tail):
         warpgroup = lax.axis_index("warpgroup")
         hidden_tile, opening_tile = hidden_tile.at[warpgroup], opening_tile.at[warpgroup]
 
-        def layer(high, low, bias, x_tile):
+        def layer(weights, x_tile):
+            high, low, bias = weights
             x_high, x_low = x_tile.at[0], x_tile.at[1]
             value = self._product((high, x_high), (high, x_low), (low, x_high))
             return value + lax.broadcast_in_dim(bias, value.shape, (0,))
@@ -287,12 +290,12 @@ class _PeerTail(_Tail):
         high, low = _halves(z)
         parts[0], parts[1] = high, low
         plgpu.commit_smem()
-        hidden = layer(*network["in"], parts)
+        hidden = layer(network["in"], parts)
         for i, part in enumerate(_halves(hidden * lax.logistic(hidden))):
             self._transposed(part, hidden_tile.at[i])
         plgpu.commit_smem()
         width = network["out"][0].shape[1]
-        self._transposed(layer(*network["out"], hidden_tile.at[:, :, pl.ds(0, width)]), opening_tile)
+        self._transposed(layer(network["out"], hidden_tile.at[:, :, pl.ds(0, width)]), opening_tile)
         plgpu.commit_smem()
         opening = _load_sums(opening_tile.at[:, pl.ds(0, self.update_rank)])
         if self.form == "shift":

@@ -17,9 +17,10 @@ from spear_jax.config import UNLIMITED_WINDOW, ModelConfig
 from spear_jax.nn.attention import Attend, Index, causal_attend
 from spear_jax.nn.linear import Linear, RMSNorm
 from spear_jax.nn.rope import Rope, rope_frequencies, rope_tables
+from spear_jax.nn.row_parallel import PeerCache, PeerResidual, RowParallel
 from spear_jax.quant.compensator import CompensatorBank
 from spear_jax.quant.qtensor import QuantTensor
-from spear_jax.quant.rows import Int8Rows
+from spear_jax.quant.rows import DividedRows, Int8Rows
 
 MODULES = ("qkv", "o", "gate_up", "down")
 """The linears of a layer that are quantized; q, k, v are one product and so are gate, up: they share their input."""
@@ -111,7 +112,7 @@ class Layer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], Any]:
         """Run the layer on `x + update`, and give its own result as such a pair, as `RMSNorm.of_sum` takes it.
 
-        On a GPU or a TPU that spares an addition between layers its launch.
+        On a GPU that spares an addition between layers its launch.
         """
         config, own = self.config, compensators or {}
 
@@ -124,7 +125,9 @@ class Layer(nnx.Module):
         def before(name: str) -> Compensator | None:
             """Give the compensator of a linear whose coordinates come with its input; else its product makes them."""
             compensator = own.get(name)
-            return None if compensator is None or compensator.a is None or platform() == "cpu" else compensator
+            if compensator is None or platform() == "cpu" or isinstance(getattr(self, name), RowParallel):
+                return None
+            return None if compensator.a is None else compensator
 
         def normed(update: Array, norm: RMSNorm | None) -> Array:
             return update if norm is None else norm(update)
@@ -168,10 +171,12 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, weights: MutableMapping[str, Array]) -> None:
         self.config = config
-        self.embed: nnx.Param | Int8Rows = nnx.Param(weights["embed.weight"])
+        self.embed: nnx.Param | Int8Rows | DividedRows = nnx.Param(weights["embed.weight"])
         self.layers: Layer | nnx.List = Layer(config, weights)
         self.final_norm = RMSNorm(weights["final_norm.weight"], eps=config.norm_eps)
-        self.head: nnx.Param | Int8Rows | None = None if config.tie_embeddings else nnx.Param(weights["head.weight"])
+        self.head: nnx.Param | Int8Rows | DividedRows | None = (
+            None if config.tie_embeddings else nnx.Param(weights["head.weight"])
+        )
         self.compensators: nnx.Dict = nnx.Dict()
 
     @classmethod
@@ -225,9 +230,12 @@ class Decoder(nnx.Module):
         x, update, ropes = self.embedded(tokens), None, self.ropes(positions)
         windows = self.config.windows
         with jax.named_scope("layers"):
+            if shared := isinstance(cache, PeerCache):
+                x, cache = PeerResidual(h=x, inbox=cache.inbox), cache.cache
             if isinstance(self.layers, nnx.List):
                 partial = attend if isinstance(attend, jax.tree_util.Partial) else jax.tree_util.Partial(attend)
-                caches, update = [], jnp.zeros_like(x)  # rather than None: the first layer is traced with the others
+                # Zeros rather than None: the first layer is traced with the others.
+                caches, update = [], jnp.zeros(x.shape, self.dtype)
                 whole = hasattr(cache, "of_layer")
                 for i, layer in enumerate(self.layers):
                     own, part = self.compensators_of(i), None
@@ -246,13 +254,15 @@ class Decoder(nnx.Module):
 
                 indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
                 inputs = (self.layers, indices, jnp.asarray(windows, jnp.int32))
+                assert not isinstance(x, PeerResidual), "layers with an inbox are separate ones"
                 (x, cache), _ = jax.lax.scan(body, (x, cache), inputs)
-        return self.final_norm.of_sum(x, update)[0], cache
+        normal, x, _ = self.final_norm.of_sum(x, update)
+        return normal, PeerCache(cache=cache, inbox=x.inbox) if shared else cache
 
     @jax.named_scope("embed")
     def embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Look up and scale the embeddings of tokens."""
-        x = self.embed.take(tokens) if isinstance(self.embed, Int8Rows) else self.embed[...][tokens]
+        x = self.embed.take(tokens) if isinstance(self.embed, Int8Rows | DividedRows) else self.embed[...][tokens]
         return x if self.config.embed_scale == 1 else x * jnp.asarray(self.config.embed_scale, x.dtype)
 
     def ropes(self, positions: Int[Array, "B T"]) -> Ropes:
@@ -268,7 +278,7 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Compute next-token logits in float32."""
         table = self.embed if self.head is None else self.head
-        if isinstance(table, Int8Rows):
+        if isinstance(table, Int8Rows | DividedRows):
             return table.matmul(hidden)
         return jnp.einsum("...d,vd->...v", hidden, table[...], preferred_element_type=jnp.float32)
 

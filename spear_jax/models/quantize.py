@@ -30,11 +30,11 @@ def quantize_model(model: Decoder, spec: QuantSpec) -> Decoder:
 
 def quantize_tables(model: Decoder) -> Decoder:
     """Round embedding and head to int8, one scale a row: half their bytes."""
-    head = model.head
-    return model.replace(
-        embed=model.embed if isinstance(model.embed, Int8Rows) else Int8Rows.from_dense(model.embed[...]),
-        head=head if head is None or isinstance(head, Int8Rows) else Int8Rows.from_dense(head[...]),
-    )
+
+    def table(rows: Any) -> Any:
+        return rows if rows is None or isinstance(rows, Int8Rows) else Int8Rows.from_dense(rows[...])
+
+    return model.replace(embed=table(model.embed), head=table(model.head))
 
 
 def expand_model(model: Decoder, dtype: Any) -> Decoder:

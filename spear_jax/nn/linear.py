@@ -1,11 +1,14 @@
 """Linear layers whose weight is dense, int4, or int4 expanded for a CPU."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.int4_matmul import Activation, Compensator, compensator_coordinates, int4_matmul, low_rank_output
 from pallas_kernels.tails import rmsnorm, rmsnorm_project
+from spear_jax.nn.row_parallel import PeerResidual, RowProduct
 from spear_jax.quant.qtensor import QuantTensor
 
 
@@ -64,10 +67,13 @@ class RMSNorm(nnx.Module):
 
     def of_sum(
         self,
-        residual: Float[Array, "*B D"],
-        update: Float[Array, "*B D"] | None,
+        residual: Float[Array, "*B D"] | PeerResidual,
+        update: Float[Array, "*B D"] | RowProduct | None,
         *,
         compensator: Compensator | None = None,
-    ) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"], Float[Array, "*B R"] | None]:
+    ) -> tuple[Float[Array, "*B D"], Any, Float[Array, "*B R"] | None]:
         """Give the norm of a sum, the sum, and coordinates of the norm; on accelerators in one kernel."""
+        if isinstance(residual, PeerResidual):
+            return residual.normed(update, self.weight[...], eps=self.eps, compensator=compensator)
+        assert not isinstance(update, RowProduct), "parts are summed through an inbox, and there is none"
         return rmsnorm_project(residual, update, self.weight[...], eps=self.eps, compensator=compensator)

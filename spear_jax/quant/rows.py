@@ -48,3 +48,45 @@ class Int8Rows:
 
 
 nnx.register_data_type(Int8Rows)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DividedRows:
+    """A table [V, D] of which each device along `axis` holds an equal share of the rows, in order.
+
+    `rows` is this device's share, dense or `Int8Rows`. What it gives is whole, the same on all devices.
+    """
+
+    rows: Any
+    axis: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of this device's share."""
+        return self.rows.shape
+
+    @property
+    def dtype(self) -> Any:
+        """Type of the table."""
+        return self.rows.dtype
+
+    def take(self, rows: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        """Give some of the rows."""
+        count = self.shape[0]
+        own = rows - jax.lax.axis_index(self.axis) * count
+        place = jnp.clip(own, 0, count - 1)
+        found = self.rows.take(place) if isinstance(self.rows, Int8Rows) else self.rows[...][place]
+        here = ((own >= 0) & (own < count))[..., None]
+        return jax.lax.psum(jnp.where(here, found, jnp.zeros_like(found)), self.axis)
+
+    def matmul(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Compute x times the transposed table, in float32."""
+        if isinstance(self.rows, Int8Rows):
+            own = self.rows.matmul(x)
+        else:
+            own = jnp.einsum("...d,vd->...v", x, self.rows[...], preferred_element_type=jnp.float32)
+        return jax.lax.all_gather(own, self.axis, axis=own.ndim - 1, tiled=True)
+
+
+nnx.register_data_type(DividedRows)

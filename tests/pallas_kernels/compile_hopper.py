@@ -3,20 +3,26 @@
 Reads a JSON object of problems by name from stdin, writes one of reports to stdout. MOSAIC_GPU_DUMP_TO is the folder.
 """
 
+import dataclasses
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.int4_matmul.gpu import int4_matmul_mosaic_gpu
 from pallas_kernels.int4_matmul.hopper import int4_matmul_hopper
 from pallas_kernels.int4_matmul.plan import HopperConfig
 from pallas_kernels.paged_attention import plan
 from pallas_kernels.paged_attention.gpu import paged_attention_mosaic_gpu, paged_decode_mosaic_gpu
+from pallas_kernels.peer_reduce import empty_inbox, peer_reduce, prepare, row_parallel
+from pallas_kernels.peer_reduce.cases import Case
 from pallas_kernels.tails.hopper import tail_hopper
 from pallas_kernels.topology import gpu_topology
 
@@ -117,14 +123,76 @@ def tail(problem: dict[str, Any]):
     return run, operands
 
 
-KINDS = {"tail": tail, "product": product, "scan": layers, "unrolled": layers, "attention": attention, "decode": decode}
+def peers(problem: dict[str, Any]):
+    """Two sums one after another, in a loop, as a decode step's are."""
+    case, devices = Case(**problem["case"]), problem["devices"]
+    mesh = jax.sharding.Mesh(np.array(gpu_topology("h200", count=devices).devices), ("tp",))
+    own, same = NamedSharding(mesh, PartitionSpec("tp")), NamedSharding(mesh, PartitionSpec())
+
+    def build():
+        of_each, of_all = case.operands(devices)
+        if case.rank and case.k:
+            compensator = dataclasses.replace(of_all["compensator"], a=of_each.pop("a")[0])
+            of_all["compensator"] = prepare(compensator)
+        if case.k:
+            codes = of_each.pop("codes")
+            of_each["packed"] = codes[..., : case.k // 2]
+            of_each["scale"] = jnp.swapaxes(of_each["scale"], 1, 2)
+        inbox = empty_inbox(devices=devices, rows=case.m, columns=case.n)
+        return of_each, of_all, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (devices, *leaf.shape)), inbox)
+
+    operands = [
+        jax.tree.map(lambda leaf, at=at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), part)
+        for part, at in zip(jax.eval_shape(build), (own, same, own), strict=True)
+    ]
+
+    @jax.jit
+    def sum_(of_each, of_all, h, inbox):
+        options = {"axis": "tp", "eps": 1e-5, "implementation": "mosaic_gpu"}
+        options |= {name: of_all[name] for name in ("compensator", "following")}
+        rest = (h, of_all["weight"], inbox)
+        if not case.k:
+            return peer_reduce(of_each["y"], of_each.get("z"), *rest, **options)
+        product = (of_each[name] for name in ("x", "packed", "scale"))
+        return row_parallel(*product, *rest, layout="fragments", **options)
+
+    def one(of_each, of_all, inbox):
+        of_each, inbox = jax.tree.map(lambda leaf: leaf[0], (of_each, inbox))
+
+        def body(_, state):
+            for _ in range(2):
+                _, h, _, inbox = sum_(of_each, of_all, *state)
+                state = h, inbox
+            return state
+
+        h, inbox = jax.lax.fori_loop(0, 3, body, (of_all["residual"], inbox))
+        return h[None], jax.tree.map(lambda leaf: leaf[None], inbox)
+
+    specs = {"in_specs": (own.spec, same.spec, own.spec), "out_specs": own.spec, "check_vma": False}
+    run = jax.shard_map(one, mesh=mesh, **specs)
+    return run, *operands
+
+
+KINDS = {
+    "tail": tail,
+    "product": product,
+    "scan": layers,
+    "unrolled": layers,
+    "attention": attention,
+    "decode": decode,
+    "peers": peers,
+}
+DONATED = {"decode": (0,), "peers": (2,)}
 
 
 def report(problem: dict[str, Any], dumps: Path) -> dict[str, Any]:
     before = set(dumps.iterdir())
-    function, *operands = KINDS[problem["kind"]](problem)
-    donated = (0,) if problem["kind"] == "decode" else ()
-    compiled = jax.jit(function, donate_argnums=donated).lower(*operands).compile()
+    kind = problem["kind"]
+    function, *operands = KINDS[kind](problem)
+    options: dict[str, Any] = {"donate_argnums": DONATED.get(kind, ())}
+    if kind == "peers":
+        options["out_shardings"] = operands[-1].y.sharding
+    compiled = jax.jit(function, **options).lower(*operands).compile()
     memory = compiled.memory_analysis()
     assert memory is not None
     texts = {path: path.read_text(errors="replace") for path in set(dumps.iterdir()) - before}
@@ -132,6 +200,8 @@ def report(problem: dict[str, Any], dumps: Path) -> dict[str, Any]:
         "ptxas": [text for path, text in texts.items() if path.suffix == ".ptxas"],
         "ptx": [text for path, text in texts.items() if path.suffix == ".ptx"],
         "temporary_bytes": memory.temp_size_in_bytes,
+        "aliased_bytes": memory.alias_size_in_bytes,
+        "copies": re.findall(r" = (\S+) copy(?:-start)?\(", compiled.as_text()),
     }
 
 
