@@ -21,7 +21,7 @@ from pallas_kernels.peer_reduce import Reduction
 from spear_jax.config import ModelConfig
 from spear_jax.models.decoder import Decoder, unstack
 from spear_jax.nn.row_parallel import AXIS, RowCompensator, RowParallel
-from spear_jax.quant import DividedRows, Int8Rows
+from spear_jax.quant import DividedRows, Int8Rows, QuantTensor
 
 OWN, SAME = PartitionSpec(AXIS), PartitionSpec()
 """What each device has of its own, stacked along the first axis, and what all have alike."""
@@ -177,25 +177,42 @@ def sum_rows(
 ) -> Decoder:
     """Give one device's part, laid out, with sums over devices after `o` and `down`.
 
-    With "dual-write", layers are separate, and sums go through inboxes where no norm lies between product and residual.
+    With "dual-write" sums go through inboxes where `_suits_inboxes` says so, else by psum.
     """
     rules = rules or ShardingRules()
     divided = model.replace()
-    separate = isinstance(divided.layers, nnx.List)
-    if reduction == "dual-write" and (not separate or model.config.sandwich_norms):
-        reduction = "psum"
+    layers = divided.layers if isinstance(divided.layers, nnx.List) else [divided.layers]
     for name in _ROW_PARALLEL:
         if getattr(rules, _INSIDE[name]) is None:
             continue
-        chosen, bank = reduction, divided.compensators.get(name)
+        chosen: Reduction = "dual-write" if reduction == "dual-write" and _suits_inboxes(divided, name) else "psum"
+        bank = divided.compensators.get(name)
         if chosen == "dual-write" and bank is not None and dispatch.is_hopper():
             try:
                 bank.layers = nnx.List([RowCompensator.of(compensator) for compensator in bank.layers])
             except NotImplementedError:
                 chosen = "psum"
-        for layer in divided.layers if separate else [divided.layers]:  # type: ignore[union-attr]
+        for layer in layers:
             setattr(layer, name, RowParallel(getattr(layer, name), parts=parts, reduction=chosen))
     return divided
+
+
+def _suits_inboxes(model: Decoder, name: str) -> bool:
+    """Say whether sums after a linear can go through inboxes: of int4 in separate layers, with no norm before the sum.
+
+    On a GPU or a TPU codes must be in the kernel's order and activations bfloat16. On a CPU it is the same as psum, for
+    tests.
+    """
+    if not isinstance(model.layers, nnx.List) or model.config.sandwich_norms:
+        return False
+    weight = getattr(model.layers[0], name).weight
+    if not isinstance(weight, QuantTensor):
+        return False
+    if dispatch.is_hopper():
+        return weight.layout == "fragments" and model.dtype == jnp.bfloat16
+    if dispatch.platform() == "tpu":
+        return weight.layout == "columns" and model.dtype == jnp.bfloat16
+    return dispatch.platform() == "cpu"
 
 
 def sums_by_inbox(model: Decoder) -> bool:

@@ -1,6 +1,7 @@
 """Compare models divided over fake CPU devices with whole ones: a process of its own, as devices are made at its start.
 
-Takes names of families; "checkpoint" restores one that is written from one device. Devices are from XLA_FLAGS.
+Takes names of families; "checkpoint" restores one that is written from one device, "measures" has perplexity and steps
+measured. Devices are from XLA_FLAGS.
 """
 
 import sys
@@ -11,13 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import yaml
 from jax.sharding import Mesh
 
 from pallas_kernels.int4_matmul import Gate
+from serve.bench_step import StepConfig, bench
 from serve.request import SamplingParams
 from serve.runner import Runner
 from spear_jax.checkpoint import load_checkpoint, save_checkpoint
 from spear_jax.config import ModelConfig
+from spear_jax.evaluation import perplexity
 from spear_jax.models.decoder import Decoder, unstack
 from spear_jax.models.quantize import expand_model, quantize_model, quantize_tables
 from spear_jax.quant import CompensatorBank, QuantSpec
@@ -94,8 +98,8 @@ def compare(whole: Decoder, mesh: Mesh) -> None:
 
 def check(name: str) -> None:
     mesh = make_mesh(PARTS)
-    if name == "checkpoint":
-        restored(mesh)
+    if name in ("checkpoint", "measures"):
+        {"checkpoint": restored, "measures": measured}[name](mesh)
         return
     config = tiny_config(**SIZES | FAMILIES[name])
     model = compensated(config)
@@ -125,6 +129,28 @@ def restored(mesh: Mesh) -> None:
             assert len(packed.sharding.device_set) == smaller.size
             assert packed.addressable_shards[0].data.size == packed.size // smaller.size
             assert generated(divide(stored, smaller), smaller) == generated(unstack(whole), None)
+
+
+def measured(mesh: Mesh) -> None:
+    """Measure perplexity, and time steps, of divided models."""
+    config = tiny_config(**SIZES)
+    model = compensated(config)
+    tokens = np.random.default_rng(0).integers(0, 96, 300).astype(np.int32)
+    divided = DividedModel(parts=divide(model, mesh, lay_out=lambda part: part), mesh=mesh)
+    got, right = (perplexity(each, tokens, window=64, bos_id=None, batch_size=2) for each in (divided, model))
+    assert abs(got.nll - right.nll) < 1e-4 * right.nll
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tiny.yaml"
+        values = {name: value for name, value in vars(config).items() if value is not None and value != ()}
+        path.write_text(yaml.safe_dump(values))
+        for reduction in ("psum", "dual-write"):
+            (case,) = bench(
+                StepConfig(
+                    model=path, rows=(3,), ranks=(4,), context=20, steps=4, repeats=2, dtype="float32",
+                    tensor_parallel=PARTS, reduction=reduction,
+                )
+            )["cases"]  # fmt: skip
+            assert case["ms"] > 0
 
 
 def main() -> None:

@@ -49,6 +49,8 @@ def test_random_weights_keep_activations_of_order_one():
     [
         ({"rows": ()}, "rows"),
         ({"context": 0}, "context must be"),
+        ({"tensor_parallel": 0}, "tensor_parallel must be at least 1"),
+        ({"tensor_parallel": 1000}, "tensor_parallel must be from 1 to the"),
         ({"ranks": (-1,)}, "ranks at least 0"),
         ({"steps": 50, "steps_per_call": (1, 8)}, "multiple of each of steps_per_call"),
     ],

@@ -10,9 +10,9 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma3", "checkpoint"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma3", "checkpoint", "measures"])
 def test_eight_devices_answer_as_one(name: str):
-    """Greedy tokens are the same and logits equal to 1e-3, also of a checkpoint restored onto eight and onto four."""
+    """Greedy tokens are the same, logits to 1e-3, also of a checkpoint restored onto eight and onto four."""
     root = Path(__file__).parents[2]
     settings = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(root)}
     done = subprocess.run(
