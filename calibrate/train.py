@@ -19,6 +19,7 @@ from calibrate.loss import distillation_loss
 from calibrate.nonfinite import broken_gradients, first_not_finite
 from calibrate.student import Params, Student
 from calibrate.weights import dense_weights
+from pallas_kernels.dispatch import by_xla
 from spear_jax.models.decoder import Decoder
 
 type Initial = Literal["svd", "zero"]
@@ -244,8 +245,9 @@ class Trainer:
             split = NamedSharding(self.mesh, PartitionSpec("batch"))
             rows, wanted = jax.lax.with_sharding_constraint((rows, wanted), split)
         model = self.student.assemble(base, dense, params)
-        hidden = hidden_states(model, rows, attend=self.attend, remat=self.config.remat)
-        kl, relative = distillation_loss(reference, model, wanted, hidden, temperature=self.config.temperature)
+        with by_xla():
+            hidden = hidden_states(model, rows, attend=self.attend, remat=self.config.remat)
+            kl, relative = distillation_loss(reference, model, wanted, hidden, temperature=self.config.temperature)
         return kl + self.config.hidden_weight * relative, (kl, relative)
 
     @functools.cached_property
@@ -368,7 +370,9 @@ class Trainer:
         if not bool(jnp.all(jnp.isfinite(target[index]))):
             return "the reference's last hidden states"
         model = self.student.assemble(base, dense, params)
-        if (where := first_not_finite(model, tokens[index], attend=self.attend)) is not None:
+        with by_xla():
+            where = first_not_finite(model, tokens[index], attend=self.attend)
+        if where is not None:
             return where
         gradient = jax.grad(lambda params: self._losses(self.frozen, params, index)[0])(params)
         return broken_gradients(gradient, self.student.ranks)

@@ -27,7 +27,7 @@ from pallas_kernels.paged_attention.gpu import candidates, choose_config, paged_
 from pallas_kernels.paged_attention.plan import HopperConfig
 from pallas_kernels.paged_attention.reference import paged_attention_xla
 from pallas_kernels.shapes import copies
-from pallas_kernels.timing import kernel_microseconds
+from pallas_kernels.timing import failure_message, kernel_microseconds
 
 _TOLERANCE = 2e-2
 _CHECKED = 4
@@ -66,10 +66,12 @@ SHAPES = {
     "chunk of 256 after 8k": Shape(sequences=1, length=8192, tokens=256),
 }
 
+VARIANTS = ("ours", "triton", "cudnn", "xla", "bandwidth")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """One thing to time: `variant` is "ours", "triton", "cudnn", "xla" or "bandwidth"; `config` settings of it."""
+    """One thing to time: `variant` is one of `VARIANTS`; `config` settings of it."""
 
     shape: str
     variant: str
@@ -222,8 +224,8 @@ def run(step: Step, seconds: float) -> dict[str, Any]:
     begin = time.monotonic()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        found = json.loads(done.stdout) if done.returncode == 0 else {"failure": lines[-1][:500]}
+        said = " ".join(done.stderr.split())[-1000:] or "no message"
+        found = json.loads(done.stdout or json.dumps({"failure": f"exit status {done.returncode}: {said}"}))
     except subprocess.TimeoutExpired:
         found = {"failure": f"took longer than {seconds:g} s"}
     return vars(step) | found | {"seconds": round(time.monotonic() - begin, 1)}
@@ -246,6 +248,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench_paged_attention", description=__doc__)
     parser.add_argument("--shapes", nargs="*", choices=sorted(SHAPES), default=list(SHAPES))
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=VARIANTS, help="what to time")
     parser.add_argument("--tries", type=int, default=6, help="configurations of ours for each shape")
     parser.add_argument("--step-seconds", type=float, default=60, help="time limit of each step")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no step after so long")
@@ -253,11 +256,15 @@ def main() -> None:
     parser.add_argument("--step", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.step is not None:
-        print(json.dumps(measure(Step(**json.loads(flags.step)))))
+        try:
+            found = measure(Step(**json.loads(flags.step)))
+        except Exception as failure:  # here, as a CUDA error's name is in the middle of what is said
+            found = {"failure": failure_message(failure)}
+        print(json.dumps(found), flush=True)
         return
     begin, bandwidth, results = time.monotonic(), math.nan, []
     print("| shape | what | settings | us | TB/s | of reading |\n|---|---|---|---|---|---|", flush=True)
-    for step in steps(flags.shapes, flags.tries):
+    for step in [step for step in steps(flags.shapes, flags.tries) if step.variant in flags.variants]:
         if time.monotonic() - begin > flags.seconds:
             break
         result = run(step, flags.step_seconds)

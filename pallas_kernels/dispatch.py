@@ -16,6 +16,8 @@ _PREFERENCE: dict[str, tuple[str, ...]] = {
 }
 
 
+_BY_XLA: contextvars.ContextVar[bool] = contextvars.ContextVar("by_xla", default=False)
+
 _TARGET: contextvars.ContextVar[tuple[str, str | None] | None] = contextvars.ContextVar("target", default=None)
 
 
@@ -30,6 +32,16 @@ def compiling_for(platform: Literal["gpu", "tpu", "cpu"], *, kind: str | None = 
         yield
     finally:
         _TARGET.reset(token)
+
+
+@contextlib.contextmanager
+def by_xla() -> Iterator[None]:
+    """Let XLA compute what is traced inside and names no backend: only that is differentiated, or divided by a mesh."""
+    token = _BY_XLA.set(True)
+    try:
+        yield
+    finally:
+        _BY_XLA.reset(token)
 
 
 def platform() -> str:
@@ -80,7 +92,7 @@ def call(
             raise NotImplementedError(f"{op} has no {implementation} backend; it has {', '.join(backends)}")
         return backends[implementation](*args, **kwargs)
     refusals = []
-    for name in _PREFERENCE.get(platform(), ("xla",)):
+    for name in ("xla",) if _BY_XLA.get() else _PREFERENCE.get(platform(), ("xla",)):
         if name in backends:
             try:
                 return backends[name](*args, **kwargs)

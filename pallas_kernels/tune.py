@@ -28,7 +28,7 @@ from pallas_kernels.int4_matmul.gpu import (
     choose_config,
     int4_matmul_mosaic_gpu,
     rank_by_rule,
-    tile_rows,
+    row_class,
     variants,
 )
 from pallas_kernels.int4_matmul.plan import HopperConfig
@@ -90,7 +90,6 @@ def tune_int4_matmul(
     `rank` is that of a compensator whose coordinates the product computes. A configuration whose result is wrong is
     reported and left out.
     """
-    tile_m = tile_rows(problem.m)
     weights, x = problem.weights(), problem.x()
     compensator = along(problem, rank) if rank else None
 
@@ -134,16 +133,16 @@ def tune_int4_matmul(
     if not tried:
         raise ValueError(f"no configuration of {problem} is right")
     tried.sort(key=lambda entry: entry["us"])
-    key = {"tile_m": tile_m, "n": problem.n, "k": problem.k, "groups": problem.groups, "rank": rank}
+    key = {"tile_m": row_class(problem.m), "n": problem.n, "k": problem.k, "groups": problem.groups, "rank": rank}
     return {"key": key, "config": tried[0]["config"], "us": tried[0]["us"], "tried": tried}
 
 
 def differing(ranked: Sequence[HopperConfig], limit: int) -> list[HopperConfig]:
     """Take up to `limit` configurations, the first ones, but of each way to cut the product up only two."""
     taken: list[HopperConfig] = []
-    cuts: collections.Counter[tuple[int, int, int]] = collections.Counter()
+    cuts: collections.Counter[tuple[int, int, int, int]] = collections.Counter()
     for config in ranked:
-        cut = (config.row_tiles, config.k_parts, config.splits)
+        cut = (config.tile_m, config.row_tiles, config.k_parts, config.splits)
         if cuts[cut] < _OF_A_CUT and len(taken) < limit:
             cuts[cut] += 1
             taken.append(config)
@@ -215,7 +214,7 @@ def main() -> None:
         print(f"{name} [{n}, {k}], {rows} rows, rank {rank}", file=sys.stderr, flush=True)
         problem = Problem(m=rows, n=n, k=k, group=flags.group_size)
         shape = Shape(n=n, k=k, groups=problem.groups, rank=rank, paired=name == "gate_up")
-        ranked = rank_by_rule(candidates(tile_rows(rows), shape), rows, shape)
+        ranked = rank_by_rule(candidates(rows, shape), rows, shape)
         tune = functools.partial(tune_int4_matmul, problem, rank=rank, threads=flags.compile_threads)
         entry = tune(differing(ranked, flags.limit))
         if flags.paces:

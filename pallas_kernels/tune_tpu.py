@@ -60,7 +60,7 @@ def predict(chip: Generation, m: int, n: int, k: int, *, groups: int = 1) -> Pre
         config=config,
         seconds=predicted_seconds(config, m, n, k, **shape, chip=chip),
         roofline=max(least / chip.bandwidth, flops) / chip.cores,
-        moved=config_bytes(config, m=m, n=n, k=k, operands=operands, out=jnp.bfloat16),
+        moved=config_bytes(config, n=n, k=k, operands=operands, out=jax.ShapeDtypeStruct((m, n), jnp.bfloat16)),
         least=least,
         codes=n * k // 2,
     )

@@ -54,7 +54,7 @@ class AotConfig:
     """
 
     topology: str = "v6e:2x2"
-    """h200, or a TPU and its chips: v5e:2x2, v5p:2x2x1, v6e:2x2, tpu7x:2x2x1."""
+    """GPUs of one machine, h200:1x1x2, or a TPU and its chips: v5e:2x2, v5p:2x2x1, v6e:2x2, tpu7x:2x2x1."""
 
     model: Path = Path("configs/models/llama-3.1-8b.yaml")
     """YAML file of the architecture."""
@@ -96,18 +96,26 @@ class _Target:
 
     @classmethod
     def named(cls, topology: str, tp: int) -> "_Target":
-        if topology in GPUS:
-            if not 1 <= tp <= _MOST_GPUS:
-                raise ValueError(f"tp must be from 1 to {_MOST_GPUS} GPUs of one host, got {tp}")
-            devices = list(gpu_topology(topology, count=tp).devices)
-            return cls(platform="gpu", kind="NVIDIA H200", devices=devices, bandwidth=_H200[0], flops=_H200[1])
-        devices = tpu_topology(topology).devices
+        name, _, chips = topology.partition(":")
+        on_gpus = name in GPUS
+        devices = gpu_topology(name, count=_gpus(chips)).devices if on_gpus else tpu_topology(topology).devices
         if not 1 <= tp <= len(devices):
             raise ValueError(f"tp must be from 1 to the {len(devices)} devices of {topology}, got {tp}")
+        if on_gpus:
+            rates = dict(zip(("bandwidth", "flops"), _H200, strict=True))
+            return cls(platform="gpu", kind="NVIDIA H200", devices=list(devices[:tp]), **rates)
         kind = devices[0].device_kind
         chip = tpus.generation(kind)
         rates = {"bandwidth": chip.bandwidth * chip.cores, "flops": chip.bf16_flops * chip.cores}
         return cls(platform="tpu", kind=kind, devices=list(devices[:tp]), **rates)
+
+
+def _gpus(chips: str) -> int:
+    """Read how many GPUs "1x1x2" are, one where nothing is said."""
+    one, of, count = (chips or "1x1x1").rpartition("x")
+    if (one, of) != ("1x1", "x") or not count.isdecimal() or not 1 <= int(count) <= _MOST_GPUS:
+        raise ValueError(f"GPUs of one machine are given as h200:1x1xN, N up to {_MOST_GPUS}, got {chips!r}")
+    return int(count)
 
 
 def abstract_model(config: ModelConfig, aot: AotConfig, lay_out: Callable[[Decoder], Decoder]) -> Decoder:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import dispatch
 from serve.paged_cache import PagedKVCache, suits_pages
 from spear_jax.config import ModelConfig
 from spear_jax.nn.attention import Index
@@ -79,12 +78,13 @@ def allocate(
 ) -> Cache | tuple[Cache, ...]:
     """Make an empty cache for `context` tokens a slot: one for all layers, or one for each where not `stacked`.
 
-    For a Hopper GPU it is in pages, one for all layers, where the model is one that the attention kernel can do. A
-    padded prompt chunk may write `padding` positions past the context, and idle slots write to the very last position;
-    neither is ever read, and neither may be moved back onto live keys as `dynamic_update_slice` would at the end.
+    For a Hopper GPU or a TPU it is in pages, one for all layers, where the model is one that the attention kernel can
+    do. A padded prompt chunk may write `padding` positions past the context, and idle slots write to the very last
+    position; neither is ever read, and neither may be moved back onto live keys as `dynamic_update_slice` would at the
+    end.
     """
     length = context + padding + 1
-    if dispatch.is_hopper() and suits_pages(config, dtype):
+    if suits_pages(config, dtype):
         return PagedKVCache.zeros(config, layers=config.num_layers, slots=slots, length=length, dtype=dtype)
 
     def zeros(layers: int | None) -> KVCache:

@@ -71,11 +71,11 @@ def _lay_out(linear: Linear, *, paired: bool) -> Linear:
         return linear
     bias = None if linear.bias is None else linear.bias[...]
     if paired:
-        weight, bias = jax.tree.map(_alternate, (weight, bias))
+        weight, bias = jax.tree.map(alternate, (weight, bias))
     return Linear(jax.jit(QuantTensor.in_fragments)(weight), bias, activation="silu" if paired else None)
 
 
-def _alternate(rows: Array) -> Array:
+def alternate(rows: Array) -> Array:
     """Put blocks of 64 of the first half of the rows and of the second half by turns."""
     return jnp.swapaxes(rows.reshape(2, -1, SIDE, *rows.shape[1:]), 0, 1).reshape(rows.shape)
 
@@ -88,7 +88,7 @@ def _prepare(compensator: Compensator, name: str, *, paired: bool) -> Compensato
     """
     filled = fill_ranks(compensator)
     a, scale = filled.a, filled.a_scale
-    b = _alternate(filled.bt.T) if paired else filled.bt.T
+    b = alternate(filled.bt.T) if paired else filled.bt.T
     along = name in _ALONE and filled.gate is None and filled.bt_scale is None
     if along and a.shape[0] <= SIDE and a.shape[1] % SIDE == 0:
         a = a.astype(jnp.float32) if scale is None else a.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]

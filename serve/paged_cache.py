@@ -1,6 +1,7 @@
-"""The KV cache of fixed slots as pages, which the attention kernel for Hopper reads where they are."""
+"""The KV cache of fixed slots as pages, which the attention kernels for Hopper and for TPUs read where they are."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from pallas_kernels.paged_attention import paged_attention, paged_decode
-from spear_jax.config import ModelConfig
+from pallas_kernels.dispatch import is_hopper, platform
+from pallas_kernels.paged_attention import paged_attention, paged_decode, paged_write
+from spear_jax.config import UNLIMITED_WINDOW, ModelConfig
 from spear_jax.nn.attention import Index
 from spear_jax.nn.rope import Rope, apply_rope
 
@@ -19,10 +21,17 @@ PAGE = 64
 _WIDEST_HEAD = 256
 
 
+_LANES = 128
+"""Columns of a TPU's tiles: it keeps two heads of 64 side by side."""
+
+
 def suits_pages(config: ModelConfig, dtype: Any) -> bool:
-    """Say whether the kernel for Hopper can attend for a model: bfloat16, heads that it takes, no window."""
-    heads = config.head_dim % 64 == 0 and config.head_dim <= _WIDEST_HEAD
-    return dtype == jnp.bfloat16 and heads and config.sliding_window is None
+    """Say whether a kernel of this platform can attend for a model: bfloat16, heads that it takes; windows on TPUs."""
+    if dtype != jnp.bfloat16 or config.head_dim > _WIDEST_HEAD:
+        return False
+    if platform() == "tpu":
+        return config.head_dim % _LANES == 0 or 2 * config.head_dim == _LANES
+    return is_hopper() and config.head_dim % 64 == 0 and config.sliding_window is None
 
 
 @jax.tree_util.register_dataclass
@@ -31,7 +40,8 @@ class PagedKVCache:
     """Keys and values of `slots` slots of `pages` pages each, `k` and `v`: [layers * slots * pages, K, PAGE, H].
 
     Page j of slot s in layer i is number `(i * slots + s) * pages + j`, so that no layer needs a slice of its own, and
-    a program two arrays for all of them. `table`, int32 [slots, pages], is there only in what `of_layer` gives.
+    a program two arrays for all of them. `table`, int32 [slots, pages], is there only in what `of_layer` gives. Where
+    a page is twice as wide as a head, two key heads share it, side by side. `windowed`: some layer has a window.
     """
 
     k: Any
@@ -39,13 +49,17 @@ class PagedKVCache:
     table: Any = None
     layers: int = dataclasses.field(metadata={"static": True})
     slots: int = dataclasses.field(metadata={"static": True})
+    windowed: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
     def zeros(cls, config: ModelConfig, *, layers: int, slots: int, length: int, dtype: Any) -> "PagedKVCache":
         """Make an empty cache of `length` tokens or a few more a slot."""
         pages = -(-length // PAGE)
-        shape = (layers * slots * pages, config.num_kv_heads, PAGE, config.head_dim)
-        return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), layers=layers, slots=slots)
+        beside = _LANES // config.head_dim if platform() == "tpu" and config.head_dim < _LANES else 1
+        heads = -(-config.num_kv_heads // beside)
+        shape = (layers * slots * pages, heads, PAGE, beside * config.head_dim)
+        windowed = config.sliding_window is not None
+        return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), layers=layers, slots=slots, windowed=windowed)
 
     @property
     def length(self) -> int:
@@ -73,20 +87,14 @@ class PagedKVCache:
         rope: Rope,
     ) -> tuple[Float[Array, "1 T N H"], "PagedKVCache"]:
         """Write keys and values at rising contiguous `positions` of a slot, and attend to that slot."""
-        del window
         table = self._table(layer)[slot][None]
-        numbers, rows = table[0, positions[0] // PAGE], positions[0] % PAGE
-
-        def write(pages: Float[Array, "P K page H"], new: Float[Array, "1 T K H"]) -> Float[Array, "P K page H"]:
-            where = pages.at[numbers, :, rows]
-            return where.set(new[0].astype(pages.dtype), mode="promise_in_bounds", unique_indices=True)
-
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        (q, k, v), split = self._side_by_side(q, k, v)
         with jax.named_scope("cache_write"):
-            cache = dataclasses.replace(self, k=write(self.k, apply_rope(k, rope)), v=write(self.v, v))
-        out = paged_attention(
-            *(apply_rope(q, rope), cache.k, cache.v, table, positions[:, -1] + 1), starts=positions[:, 0], scale=scale
-        )
-        return out, cache
+            keys, values = paged_write(k[0], v[0], self.k, self.v, table[0], positions[0, 0])
+        where = {"starts": positions[:, 0], "window": self._window(window)}
+        out = paged_attention(q, keys, values, table, positions[:, -1] + 1, **where, scale=scale)
+        return split(out), dataclasses.replace(self, k=keys, v=values)
 
     def attend_batch(
         self,
@@ -102,14 +110,19 @@ class PagedKVCache:
         rope: Rope,
     ) -> tuple[Float[Array, "S 1 N H"], "PagedKVCache"]:
         """Write one key and value a slot, and attend, with every slot that is `live`; the others get zeros."""
-        del window
-        # They are slices of one product: XLA puts them together again without a copy.
-        qkv = jnp.concatenate([q, k, v], axis=2)[:, 0]
         cos, sin = rope
         rotation = jnp.stack([jnp.tile(cos[:, 0], 2), jnp.concatenate([-sin[:, 0], sin[:, 0]], axis=-1)], axis=1)
+        if self.k.shape[-1] > q.shape[-1]:  # what is side by side is turned before
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+            still = jnp.stack([jnp.ones(self.k.shape[-1]), jnp.zeros(self.k.shape[-1])]).astype(rotation.dtype)
+            rotation = jnp.broadcast_to(still, (rotation.shape[0], *still.shape))
+        (q, k, v), split = self._side_by_side(q, k, v)
+        # They are slices of one product: XLA puts them together again without a copy.
+        qkv = jnp.concatenate([q, k, v], axis=2)[:, 0]
         lengths = jnp.where(live, positions + 1, 0)
-        out, keys, values = paged_decode(qkv, rotation, self.k, self.v, self._table(layer), lengths, scale=scale)
-        return out[:, None], dataclasses.replace(self, k=keys, v=values)
+        options = {"scale": scale, "window": self._window(window)}
+        out, keys, values = paged_decode(qkv, rotation, self.k, self.v, self._table(layer), lengths, **options)
+        return split(out[:, None]), dataclasses.replace(self, k=keys, v=values)
 
     @property
     def _numbers(self) -> Int32[np.ndarray, "S M"]:
@@ -117,3 +130,37 @@ class PagedKVCache:
 
     def _table(self, layer: Index) -> Int32[Array, "S M"]:
         return jnp.asarray(self._numbers + layer * self._numbers.size if self.table is None else self.table)
+
+    def _window(self, window: Index) -> Index | None:
+        """Give a layer's window, or None where it is known to be none."""
+        return None if not self.windowed or (isinstance(window, int) and window >= UNLIMITED_WINDOW) else window
+
+    def _side_by_side(
+        self, q: Array, k: Array, v: Array
+    ) -> tuple[tuple[Array, Array, Array], Callable[[Array], Array]]:
+        """Bring heads together as pages hold them; also give what takes their results apart.
+
+        A query has zeros beside it, where the key of another head lies, and takes its own part of the values.
+        """
+        (*lead, n, h), heads = q.shape, k.shape[-2]
+        kept, width = self.k.shape[1], self.k.shape[-1]
+        beside, group = width // h, n // heads
+        if beside == 1:
+            return (q, k, v), lambda out: out
+        own = jnp.eye(beside, dtype=bool)[:, None, :, None]
+
+        def pairs(x: Array, parts: int) -> Array:
+            """Put `parts` query heads or one key head of each key head in pairs, [..., pair, member, parts, H]."""
+            x = x.reshape(*lead, heads, parts, h)
+            filled = jnp.pad(x, (*((0, 0),) * len(lead), (0, beside * kept - heads), (0, 0), (0, 0)))
+            return filled.reshape(*lead, kept, beside, parts, h)
+
+        wide = jnp.where(own, pairs(q, group)[..., None, :], 0).reshape(*lead, -1, width)
+        k, v = (pairs(x, 1).reshape(*lead, kept, width) for x in (k, v))
+
+        def split(out: Array) -> Array:
+            parts = out.reshape(*lead, kept, beside, group, beside, h)
+            mine = jnp.where(own, parts, 0).sum(axis=-2, dtype=out.dtype)
+            return mine.reshape(*lead, -1, h)[..., :n, :]
+
+        return (wide, k, v), split

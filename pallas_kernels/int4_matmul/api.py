@@ -73,10 +73,11 @@ def int4_matmul(
     if activations not in ("as they are", "int8"):
         raise ValueError(f'int4_matmul: activations must be "as they are" or "int8", got {activations!r}')
     _check(x, packed, scale, layout, zero=zero, bias=bias, compensator=compensator, z=z)
-    if activation is not None and (activation != "silu" or packed.shape[0] % (2 * SIDE)):
+    channels = packed.shape[layout == "columns"]
+    if activation is not None and (activation != "silu" or channels % (2 * SIDE)):
         raise ValueError(
             f"int4_matmul: activation must be silu, over a multiple of {2 * SIDE} output channels, got {activation!r}"
-            f" over {packed.shape[0]}"
+            f" over {channels}"
         )
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     with jax.named_scope("int4_matmul"):

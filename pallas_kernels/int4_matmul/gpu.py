@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Literal
 
@@ -10,10 +11,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int8, Shaped
 
 from pallas_kernels import dispatch, tuning
-from pallas_kernels.hopper import SHARED_BYTES, thread_registers, whole_rows
+from pallas_kernels.hopper import SHARED_BYTES, computing_registers, thread_registers, whole_rows
 from pallas_kernels.int4_matmul.hopper import int4_matmul_hopper
 from pallas_kernels.int4_matmul.operands import Activation, Activations, Compensator, Layout
-from pallas_kernels.int4_matmul.plan import MOST_PROJECTED_ROWS, RATIONED_ROWS, HopperConfig
+from pallas_kernels.int4_matmul.plan import FEEDER_REGISTERS, MOST_PROJECTED_ROWS, RATIONED_ROWS, HopperConfig
 from pallas_kernels.int4_matmul.projection import MOST_ROWS, project_hopper
 from pallas_kernels.int4_matmul.reference import compensator_coordinates, gated_coordinates
 from pallas_kernels.packing import RANK_STEP, SIDE, to_fragments
@@ -21,7 +22,10 @@ from pallas_kernels.packing import RANK_STEP, SIDE, to_fragments
 _PROJECTED_RANKS = 8
 """Ranks that `project_hopper` takes are multiples of this: the copy engine moves 16 bytes at least."""
 
-_TILES_M = (8, 16, 32, 64, 128, 256)
+_ROW_CLASSES = tuple(2**i for i in range(3, 14))
+_TILES_M = (64, 128, 192, 256)
+"""Rows of x that a block may take where there are more than 64."""
+
 _RESIDENT = {1: 132, 2: 132, 4: 120, 8: 104}
 """Blocks that run at a time, by the size of their clusters: a cluster must fit into one of a GPU's processing clusters.
 
@@ -42,6 +46,25 @@ Fitted to what ptxas reports: 65 to 113 registers, and spills where a thread has
 """
 
 _MOST_SLOTS = 8
+
+_MANY_ROWS = 64
+"""Rows of x from which on the tensor cores' time counts, and the cost of a cut is what a model of it says."""
+
+_ROW_MICROSECONDS = 0.16 / 128
+"""What the tensor cores of a multiprocessor take for a row of x and 64 x 64 codes: 815 Tflop/s on an H100."""
+
+_WAY_MICROSECONDS = 0.25
+"""What a warpgroup takes for a block of 64 x 64 codes besides multiplying: waiting, reading, converting."""
+
+_LATENCY_MICROSECONDS = 1.1
+"""From a slot's being empty to its being full again: with one slot a block took 1.77 us, 0.57 of them to compute."""
+
+_COPY_MICROSECONDS = 0.1
+_BYTES_PER_MICROSECOND = 60_000
+"""What the copy engine of a multiprocessor brings from the second-level cache, all of them at work; at least."""
+
+_START_MICROSECONDS = 2.0
+"""What a round of blocks takes besides its steps."""
 
 _TURNS = 3
 """Copies that should be under way for each part of K: with two, a product of 58 MB took 7% longer on an H100."""
@@ -150,13 +173,18 @@ def _pad_and_reorder(x, packed, scale, zero, bias) -> tuple:
 def coordinates(
     x: Float[Array, "M K"], compensator: Compensator, interpret: plgpu.InterpretGPUParams | bool
 ) -> Float[Array, "M R"]:
-    """Compute the gated coordinates, `A x` by a kernel of its own where there are few rows of x."""
+    """Compute the gated coordinates with A in bfloat16, `A x` by a kernel of its own where there are few rows of x."""
     gate, rank = compensator.gate, compensator.rank
-    if x.shape[0] > MOST_ROWS or x.shape[1] % SIDE or (gate is not None and gate.probe is not None):
+    if gate is not None and gate.probe is not None:
         return compensator_coordinates(x, compensator)
     a = compensator.rows_of_a()
-    a = a if a.dtype == jnp.int8 else a.astype(jnp.bfloat16)
     scale = None if compensator.a_scale is None else compensator.a_scale.astype(jnp.float32)
+    if x.shape[0] > MOST_ROWS or x.shape[1] % SIDE:
+        # In bfloat16, as x is: XLA would read x, widen it and multiply more slowly in float32.
+        z = jnp.einsum("mk,rk->mr", x, a.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+        z = z if scale is None else z * scale
+        return z if gate is None else gated_coordinates(x, z, None, gate)
+    a = a if a.dtype == jnp.int8 else a.astype(jnp.bfloat16)
     more = -rank % _PROJECTED_RANKS
     if more:
         a = jnp.pad(a, ((0, more), (0, 0)))
@@ -194,16 +222,19 @@ def choose_config(
         NotImplementedError: No configuration fits the shape.
     """
     shape = Shape(n=n, k=k, groups=groups, rank=rank, paired=paired)
-    key = {"tile_m": tile_rows(m), "n": n, "k": k, "groups": groups, "rank": rank}
+    key = {"tile_m": row_class(m), "n": n, "k": k, "groups": groups, "rank": rank}
     tuned = tuning.lookup("int4_matmul", key, device=device)
     if tuned is not None and shape.fits(config := HopperConfig(**tuned)):
         return config, "tuned"
     return _rule_of_thumb(m, shape), "rule"
 
 
-def tile_rows(m: int) -> int:
-    """Give the rows of x that a block takes where there are m."""
-    return next((tile for tile in _TILES_M if tile >= m), _TILES_M[-1])
+def row_class(m: int) -> int:
+    """Give the number of rows of x, a power of two, whose tuned settings are for m rows (`tile_m` in their keys).
+
+    Up to 64 it is also how many of them a block takes.
+    """
+    return next((rows for rows in _ROW_CLASSES if rows >= m), _ROW_CLASSES[-1])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,8 +257,11 @@ class Shape:
         except NotImplementedError:
             return False
         tiles = config.row_tiles + (self.rank > 0)
-        if config.tile_m < RATIONED_ROWS:
-            registers = thread_registers(tiles * config.k_parts + 1)
+        if tiles * config.k_parts > 1:
+            if config.tile_m < RATIONED_ROWS:
+                registers = thread_registers(tiles * config.k_parts + 1)
+            else:
+                registers = computing_registers(tiles * config.k_parts, feeder=FEEDER_REGISTERS)
             if config.tile_m // 2 + _BLOCK_REGISTERS + _OTHER_REGISTERS > registers:
                 return False
         step = SIDE * config.blocks
@@ -237,21 +271,43 @@ class Shape:
         share = config.tile_m // config.reducers
         sums = config.parts * tiles * SIDE * share * 4 if config.parts > 1 else 0
         result = config.row_tiles * share * SIDE * 2
+        if self.paired and share == SIDE:  # odd tiles wait in float32: of fewer rows they fit into what is spare
+            result += config.row_tiles * share * SIDE
         return ring + sums + result + _SPARE_BYTES <= SHARED_BYTES
 
 
 @functools.cache
 def _rule_of_thumb(m: int, shape: Shape) -> HopperConfig:
-    fitting = candidates(tile_rows(m), shape)
+    fitting = candidates(m, shape)
     if not fitting:
         raise NotImplementedError(f"no configuration fits a weight [{shape.n}, {shape.k}] with {shape.groups} groups")
     return rank_by_rule(fitting, m, shape)[0]
 
 
 def rank_by_rule(configs: list[HopperConfig], m: int, shape: Shape) -> list[HopperConfig]:
-    """Sort configurations by what they should take, the best first: a guess from how evenly work is spread."""
+    """Sort configurations by what they should take, the best first.
 
-    def cost(config: HopperConfig) -> tuple:
+    Up to 64 rows that is a guess from how evenly work is spread; above, a model in microseconds.
+    """
+
+    def modelled(config: HopperConfig) -> tuple:
+        blocks = -(-m // config.tile_m) * shape.n // SIDE // config.row_tiles * config.splits
+        waves = -(-blocks // _RESIDENT[config.splits])
+        multiply = config.tile_m * _ROW_MICROSECONDS
+        way = _WAY_MICROSECONDS + multiply
+        slot_blocks = min(config.slots, shape.k // SIDE // config.parts // config.blocks) * config.blocks
+        piece = config.k_parts * (config.tile_m * SIDE * 2 + config.row_tiles * SIDE * SIDE // 2)
+        block = max(
+            config.row_tiles * config.k_parts * multiply,
+            way,
+            (_LATENCY_MICROSECONDS + config.blocks * way) / slot_blocks,
+            2 * _COPY_MICROSECONDS * config.k_parts / config.blocks,
+            piece / _BYTES_PER_MICROSECOND,
+        )
+        microseconds = waves * (shape.k // SIDE // config.parts * block + _START_MICROSECONDS)
+        return microseconds, config.splits, -config.row_tiles, -min(config.slots, _TURNS + 1), abs(config.blocks - 2)
+
+    def guessed(config: HopperConfig) -> tuple:
         blocks = -(-m // config.tile_m) * shape.n // SIDE // config.row_tiles * config.splits
         waves = -(-blocks // _RESIDENT[config.splits])
         # A warpgroup waits more than it computes, so that up to four of them take no longer than one.
@@ -261,24 +317,23 @@ def rank_by_rule(configs: list[HopperConfig], m: int, shape: Shape) -> list[Hopp
         few = min(config.slots, steps) < min(_TURNS, steps)
         return waves * (work + _WAVE_COST), few, config.splits, -config.row_tiles, -config.blocks
 
-    return sorted(configs, key=cost)
+    return sorted(configs, key=modelled if m > _MANY_ROWS else guessed)
 
 
-def candidates(tile_m: int, shape: Shape) -> list[HopperConfig]:
-    """List the configurations that fit a shape, for tuning."""
+def candidates(m: int, shape: Shape) -> list[HopperConfig]:
+    """List the configurations that fit m rows of x and a shape, for tuning."""
+    tiles = (row_class(m),) if m <= _MANY_ROWS else tuple(tile for tile in _TILES_M if tile < m + SIDE)
     found = []
-    large = tile_m >= 128
-    for row_tiles in (1, 2, 3, 4):
-        for k_parts in (1,) if large else (1, 2, 4):
-            for splits in (1, 2, 4) if large else (1, 2, 4, 8):
-                for blocks in (1,) if large else (1, 2, 4, 7, 8):
-                    if row_tiles * k_parts > (2 if large else _WARPGROUPS):
-                        continue
-                    config = HopperConfig(
-                        tile_m=tile_m, row_tiles=row_tiles, k_parts=k_parts, splits=splits, blocks=blocks, slots=1
-                    )
-                    if shape.fits(config):
-                        found.append(_deepest(config, shape))
+    for tile_m, row_tiles, k_parts in itertools.product(tiles, (1, 2, 3, 4), (1, 2, 4)):
+        large = tile_m >= RATIONED_ROWS
+        if row_tiles * k_parts > _WARPGROUPS:
+            continue
+        paces = itertools.product((1, 2), (1, 2)) if large else itertools.product((1, 2, 4, 8), (1, 2, 4, 7, 8))
+        for splits, blocks in paces:
+            cut = {"tile_m": tile_m, "row_tiles": row_tiles, "k_parts": k_parts, "splits": splits, "blocks": blocks}
+            config = HopperConfig(**cut, slots=1)
+            if shape.fits(config):
+                found.append(_deepest(config, shape))
     return found
 
 

@@ -26,11 +26,9 @@ from jaxtyping import Array, BFloat16, Float, Int8, Shaped
 from pallas_kernels.hopper import WGMMA, Accumulator, feed_and_compute, hold, row_values, whole_rows
 from pallas_kernels.int4_matmul.feed import PAIRED_COLUMNS, Block
 from pallas_kernels.int4_matmul.fragments import CODE_BYTES, CODE_ROWS, read_factor, read_words, unpack_words
-from pallas_kernels.int4_matmul.plan import RATIONED_ROWS, HopperConfig
+from pallas_kernels.int4_matmul.plan import FEEDER_REGISTERS, RATIONED_ROWS, HopperConfig
 from pallas_kernels.packing import RANK_STEP, SIDE
 from pallas_kernels.signals import Peers, Sum, signal
-
-_FEEDER_REGISTERS = 40
 
 _FLAG_ROWS = 8
 """Rows of a result that have a flag in peers' inboxes."""
@@ -125,7 +123,7 @@ class _Kernel(Block):
             functools.partial(self.feed, **refs),
             functools.partial(self._compute, **refs),
             compute=compute,
-            feeder=_FEEDER_REGISTERS if rationed else None,
+            feeder=FEEDER_REGISTERS if rationed else None,
         )
 
     def _compute(self, warpgroup, **refs) -> None:

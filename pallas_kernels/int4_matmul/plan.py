@@ -17,6 +17,9 @@ MOST_PROJECTED_ROWS = 64
 RATIONED_ROWS = 128
 """Rows of x in a tile from which on the computing warpgroups get registers of the feeding one."""
 
+FEEDER_REGISTERS = 40
+"""Registers that a thread of the feeding warpgroup then keeps."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HopperConfig:

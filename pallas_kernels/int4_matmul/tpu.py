@@ -60,8 +60,6 @@ def int4_matmul_mosaic_tpu(
         NotImplementedError: x is not bfloat16, the result neither that nor float32, the TPU is none that block sizes
             are known for, or the shape cannot be cut up as `config` says.
     """
-    if activation is not None:
-        raise NotImplementedError("the TPU kernel ends without an activation")
     if x.dtype != jnp.bfloat16 or out_dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"the TPU kernel multiplies bfloat16, got {x.dtype} to {out_dtype}")
     chip = generation()
@@ -79,7 +77,8 @@ def int4_matmul_mosaic_tpu(
     n = packed.shape[1]
     if config is None:
         rank = 0 if low_rank is None else low_rank.bt.shape[0]
-        config, _ = choose_config(m, n, rows.shape[1], groups=scale.shape[0], rank=rank, chip=chip)
+        shape = {"groups": scale.shape[0], "rank": rank, "activation": activation}
+        config, _ = choose_config(m, n, rows.shape[1], **shape, chip=chip)
     x_scale = None
     if activations == "int8":
         if not chip.int8_rate:
@@ -88,9 +87,10 @@ def int4_matmul_mosaic_tpu(
         config = dataclasses.replace(config, scaled="sums")
     y = int4_matmul_tpu(
         rows, packed, scale, zero, bias, low_rank,
-        config=config, out_dtype=out_dtype, vmem_bytes=vmem_budget(chip), x_scale=x_scale, interpret=interpret,
+        config=config, out_dtype=out_dtype, vmem_bytes=vmem_budget(chip), x_scale=x_scale, activation=activation,
+        interpret=interpret,
     )  # fmt: skip
-    return y.reshape(*batch, n)
+    return y.reshape(*batch, y.shape[1])
 
 
 def vmem_budget(chip: Generation) -> int:
@@ -147,7 +147,7 @@ def _fill_up(x, packed, scale, zero, low_rank) -> tuple:
 
 
 def choose_config(
-    m: int, n: int, k: int, *, groups: int = 1, rank: int = 0, chip: Generation
+    m: int, n: int, k: int, *, groups: int = 1, rank: int = 0, activation: Activation | None = None, chip: Generation
 ) -> tuple[TpuConfig, Literal["tuned", "model"]]:
     """Give the configuration stored for a TPU and shape, or the one the cost model predicts best; and which it is.
 
@@ -156,9 +156,9 @@ def choose_config(
     """
     key = {"tile_m": block_rows(m), "n": n, "k": k, "groups": groups, "rank": rank}
     stored = tuning.lookup("int4_matmul", key, device=tuning.device_name(chip.kinds[0]))
-    if stored is not None:
+    if stored is not None and (activation is None or stored["block_n"] % (2 * LANES) == 0):
         return TpuConfig(**stored), "tuned"
-    return _predicted_best(block_rows(m), n, k, groups, rank, chip), "model"
+    return _predicted_best(block_rows(m), n, k, groups, rank, activation, chip), "model"
 
 
 def block_rows(m: int) -> int:
@@ -167,14 +167,18 @@ def block_rows(m: int) -> int:
 
 
 @functools.cache
-def _predicted_best(m: int, n: int, k: int, groups: int, rank: int, chip: Generation) -> TpuConfig:
-    fitting = candidates(m, n, k, groups=groups, rank=rank, chip=chip)
+def _predicted_best(
+    m: int, n: int, k: int, groups: int, rank: int, activation: Activation | None, chip: Generation
+) -> TpuConfig:
+    fitting = candidates(m, n, k, groups=groups, rank=rank, activation=activation, chip=chip)
     if not fitting:
         raise NotImplementedError(f"no configuration fits a weight [{n}, {k}] with {groups} groups on a {chip.name}")
     return min(fitting, key=lambda config: predicted_seconds(config, m, n, k, groups=groups, rank=rank, chip=chip))
 
 
-def candidates(m: int, n: int, k: int, *, groups: int, rank: int, chip: Generation) -> list[TpuConfig]:
+def candidates(
+    m: int, n: int, k: int, *, groups: int, rank: int, activation: Activation | None = None, chip: Generation
+) -> list[TpuConfig]:
     """List the configurations that fit a shape and the vector memory."""
     found = []
     blocks_n = [size for size in _BLOCKS_N if n % size == 0] or [n]
@@ -185,7 +189,7 @@ def candidates(m: int, n: int, k: int, *, groups: int, rank: int, chip: Generati
         scaled = "sums" if groups == 1 or bm <= _SUMMED_ROWS else "weights"
         config = TpuConfig(block_m=bm, block_n=bn, block_k=bk, resident=resident, cores=share, scaled=scaled)
         try:
-            config.check(n=n, k=k, groups=groups)
+            config.check(n=n, k=k, groups=groups, activation=activation)
         except NotImplementedError:
             continue
         if vmem_bytes(config, k=k, groups=groups, rank=rank) <= vmem_budget(chip):

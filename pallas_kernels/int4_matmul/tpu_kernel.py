@@ -10,7 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int8, Shaped
 
-from pallas_kernels.int4_matmul.operands import Gate
+from pallas_kernels.int4_matmul.operands import Activation, Gate
+from pallas_kernels.packing import SIDE
 
 LANES = 128
 """Values side by side in a vector register: columns of a block are a multiple of them, or all there are."""
@@ -38,8 +39,10 @@ class TpuConfig:
     cores: int = 1
     scaled: Literal["sums", "weights"] = "sums"
 
-    def check(self, *, n: int, k: int, groups: int) -> None:
+    def check(self, *, n: int, k: int, groups: int, activation: Activation | None = None) -> None:
         """Raise NotImplementedError where a weight [n, k] with scales of `groups` cannot be cut up so."""
+        if activation is not None and self.block_n % (2 * LANES):
+            raise NotImplementedError(f"an activation takes blocks of a multiple of {2 * LANES} channels, not {self}")
         fits_n = n % (self.block_n * self.cores) == 0 and (self.block_n % LANES == 0 or self.block_n == n)
         fits_k = k % self.block_k == 0 and (self.block_k % LANES == 0 or self.block_k == k)
         if not (fits_n and fits_k and self.block_k % CODE_ROWS == 0):
@@ -94,13 +97,14 @@ def int4_matmul_tpu(
     out_dtype: Any,
     vmem_bytes: int,
     x_scale: Float[Array, "M 1"] | None = None,
+    activation: Activation | None = None,
     interpret: pltpu.InterpretParams | bool = False,
 ) -> Float[Array, "M N"]:
     """Compute `x W^T + bias + z B^T` for a weight laid out in columns.
 
     Codes stay packed in HBM and on their way to vector memory, where a byte [i, n], taken apart along rows, is codes
     2 i and 2 i + 1 of column n. `vmem_bytes` is how much vector memory the compiler may take. x is bfloat16, or int8
-    with one scale a row; sums of int8 are exact, in int32.
+    with one scale a row; sums of int8 are exact, in int32. With an activation N / 2 columns are given.
 
     Raises:
         NotImplementedError: `config` does not fit the weight, or scales weights where x is int8.
@@ -108,7 +112,8 @@ def int4_matmul_tpu(
     if x_scale is not None and scale.shape[0] > 1 and config.scaled == "weights":
         raise NotImplementedError("weights that are scaled are no int8: group scales multiply sums where x is int8")
     (m, k), n, groups = x.shape, packed.shape[1], scale.shape[0]
-    config.check(n=n, k=k, groups=groups)
+    config.check(n=n, k=k, groups=groups, activation=activation)
+    given = n if activation is None else n // 2
     bm, bn, bk = min(config.block_m, m), config.block_n, config.block_k
     columns, steps = n // bn // config.cores, k // bk
     group = bk if groups == 1 else k // groups
@@ -158,16 +163,17 @@ def int4_matmul_tpu(
 
     def kernel(*refs: Any) -> None:
         step = _Step(dict(zip(names, refs, strict=True)), config=config, group=group, grouped=groups > 1, bk=bk)
-        step.run(form=None if low_rank is None else low_rank.form)
+        step.run(form=None if low_rank is None else low_rank.form, activation=activation)
 
-    cost = config_bytes(config, m=m, n=n, k=k, operands=[array for array, _ in operands.values()], out=out_dtype)
+    out = jax.ShapeDtypeStruct((m, given), out_dtype)
+    cost = config_bytes(config, n=n, k=k, operands=[array for array, _ in operands.values()], out=out)
     rank = 0 if low_rank is None else low_rank.bt.shape[0]
     return pl.pallas_call(
         kernel,
         grid=(pl.cdiv(m, bm), config.cores, columns, steps),
         in_specs=[spec for _, spec in operands.values()],
-        out_specs=pl.BlockSpec((bm, bn), lambda i, c, j, t: (i, c * columns + j)),
-        out_shape=jax.ShapeDtypeStruct((m, n), out_dtype),
+        out_specs=pl.BlockSpec((bm, bn * given // n), lambda i, c, j, t: (i, c * columns + j)),
+        out_shape=out,
         scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
             # What the first column of blocks leaves in `gated`, the others read: they run in order, on one core.
@@ -180,15 +186,15 @@ def int4_matmul_tpu(
     )(*(array for array, _ in operands.values()))
 
 
-def config_bytes(config: TpuConfig, *, m: int, n: int, k: int, operands: list[Any], out: Any) -> int:
+def config_bytes(config: TpuConfig, *, n: int, k: int, operands: list[Any], out: Any) -> int:
     """Give the bytes that a product moves between HBM and vector memory; `operands` are x first, then all others.
 
     A block is brought again for each of the rows' blocks, and x without `resident` for each of the columns' blocks.
     """
-    row_blocks = -(-m // config.block_m)
-    x, *others = (array.size * jnp.dtype(array.dtype).itemsize for array in operands)
+    row_blocks = -(-out.shape[0] // config.block_m)
+    x, *others, result = (array.size * jnp.dtype(array.dtype).itemsize for array in (*operands, out))
     again = config.cores if config.resident or config.block_k == k else n // config.block_n
-    return x * again + row_blocks * sum(others) + m * n * jnp.dtype(out).itemsize
+    return x * again + row_blocks * sum(others) + result
 
 
 class _Step:
@@ -202,7 +208,7 @@ class _Step:
     def __getattr__(self, name: str) -> Any:
         return self.refs.get(name)
 
-    def run(self, *, form: str | None) -> None:
+    def run(self, *, form: str | None, activation: Activation | None) -> None:
         x = self._rows()
         if self.a is not None:
             pl.when(self.j == 0)(lambda: self._project(x, form))
@@ -216,7 +222,7 @@ class _Step:
         def _() -> None:
             self.sums[...] += part
 
-        pl.when(self.last)(self._finish)
+        pl.when(self.last)(lambda: self._finish(paired=activation is not None))
 
     def _rows(self) -> Array:
         if self.config.resident and self.x.shape[1] != self.bk:
@@ -226,7 +232,7 @@ class _Step:
     def _product(self, x: Array) -> Array:
         codes = pltpu.bitcast(self.packed[...], jnp.int4)
         if not self.grouped:
-            part = _dot(x, codes.astype(x.dtype))
+            part = dot(x, codes.astype(x.dtype))
             return part if self.zero is None else part - _row_sums(x) * self.zero[...].astype(_F32)
         scale = self.scale[...].astype(_F32)
         zero = None if self.zero is None else self.zero[...].astype(_F32)
@@ -235,11 +241,11 @@ class _Step:
             weight = codes.astype(_F32).reshape(count, group, -1)
             if zero is not None:
                 weight = weight - zero[:, None]
-            return _dot(x, (weight * scale[:, None]).reshape(self.bk, -1).astype(jnp.bfloat16))
+            return dot(x, (weight * scale[:, None]).reshape(self.bk, -1).astype(jnp.bfloat16))
         parts = []
         for g in range(count):
             inside = slice(g * group, (g + 1) * group)
-            part = _dot(x[:, inside], codes[inside].astype(x.dtype))
+            part = dot(x[:, inside], codes[inside].astype(x.dtype))
             if zero is not None:
                 part = part - _row_sums(x[:, inside]) * zero[g : g + 1]
             parts.append(part * scale[g : g + 1])
@@ -247,7 +253,7 @@ class _Step:
 
     def _project(self, x: Array, form: str | None) -> None:
         """Add to `z = A x`, and gate it when all of K has been."""
-        part = _dot(x.astype(jnp.bfloat16), self.a[...].astype(jnp.bfloat16), of_rows=True)
+        part = dot(x.astype(jnp.bfloat16), self.a[...].astype(jnp.bfloat16), of_rows=True)
         z = jnp.where(self.first, part, self.z_sums[...] + part)  # what was there before the first is no number
         self.z_sums[...] = z
 
@@ -261,18 +267,11 @@ class _Step:
         if self.a_scale is not None:
             z = z * self.a_scale[...]
         if form is not None:
-            hidden = _dot(z, self.w_in[...], precise=True) + self.b_in[...]
-            out = _dot(jax.nn.silu(hidden), self.w_out[...], of_rows=True, precise=True) + self.b_out[...]
-            match form:
-                case "tanh":
-                    z = z * (1 + jnp.tanh(out))
-                case "linear":
-                    z = z * (1 + out)
-                case "shift":
-                    z = z + out
+            network = (ref[...] for ref in (self.w_in, self.b_in, self.w_out, self.b_out))
+            z = gated(z, *network, form=form)
         return z if self.bt_scale is None else z * self.bt_scale[...]
 
-    def _finish(self) -> None:
+    def _finish(self, *, paired: bool) -> None:
         y = self.sums[...]
         if self.x_scale is not None:
             y = y * self.x_scale[...]
@@ -282,11 +281,32 @@ class _Step:
             y = y + self.bias[...].astype(_F32)
         if self.bt is not None:
             z = self.gated if self.z is None else self.z
-            y = y + _dot(z[...], self.bt[...].astype(jnp.bfloat16))
-        self.out[...] = y.astype(self.out.dtype)
+            y = y + dot(z[...], self.bt[...].astype(jnp.bfloat16))
+        if not paired:
+            self.out[...] = y.astype(self.out.dtype)
+            return
+        lower = jax.lax.broadcasted_iota(jnp.int32, (y.shape[0], LANES), 1) < SIDE
+        for at in range(0, self.out.shape[1], LANES):  # two vectors, each of a gate and what it gates
+            first, second = y[:, 2 * at : 2 * at + LANES], y[:, 2 * at + LANES : 2 * (at + LANES)]
+            gate = jnp.where(lower, first, pltpu.roll(second, SIDE, 1))
+            up = jnp.where(lower, pltpu.roll(first, SIDE, 1), second)
+            self.out[:, at : at + LANES] = (jax.nn.silu(gate) * up).astype(self.out.dtype)
 
 
-def _dot(left: Array, right: Array, *, of_rows: bool = False, precise: bool = False) -> Array:
+def gated(z: Array, w_in: Array, b_in: Array, w_out: Array, b_out: Array, *, form: str) -> Array:
+    """Apply a gate that is fed by z alone; shapes as in `LowRank`."""
+    hidden = dot(z, w_in, precise=True) + b_in
+    out = dot(jax.nn.silu(hidden), w_out, of_rows=True, precise=True) + b_out
+    match form:
+        case "linear":
+            return z * (1 + out)
+        case "shift":
+            return z + out
+        case _:
+            return z * (1 + jnp.tanh(out))
+
+
+def dot(left: Array, right: Array, *, of_rows: bool = False, precise: bool = False) -> Array:
     """Multiply with the columns of `right`, or its rows: int8 and bfloat16 exactly, float32 only where `precise`."""
     dims = (((1,), (int(of_rows),)), ((), ()))
     precision = jax.lax.Precision.HIGHEST if precise else None

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 
 from pallas_kernels import dispatch
-from pallas_kernels.paged_attention.reference import paged_attention_xla, paged_decode_xla
+from pallas_kernels.paged_attention.reference import paged_attention_xla, paged_decode_xla, paged_write_xla
 
-__all__ = ["paged_attention", "paged_decode"]
+__all__ = ["paged_attention", "paged_decode", "paged_write"]
 
 _LEAST_PAGE = 16
 
@@ -33,8 +33,21 @@ def _mosaic_tpu(*args: Any, **kwargs: Any) -> Array:
     return paged_attention_mosaic_tpu(*args, **kwargs)
 
 
+def _decode_mosaic_tpu(*args: Any, **kwargs: Any) -> tuple[Array, Array, Array]:
+    from pallas_kernels.paged_attention.tpu import paged_decode_mosaic_tpu
+
+    return paged_decode_mosaic_tpu(*args, **kwargs)
+
+
+def _write_mosaic_tpu(*args: Any, **kwargs: Any) -> tuple[Array, Array]:
+    from pallas_kernels.paged_attention.tpu import paged_write_mosaic_tpu
+
+    return paged_write_mosaic_tpu(*args, **kwargs)
+
+
 _BACKENDS = {"mosaic_gpu": _mosaic_gpu, "mosaic_tpu": _mosaic_tpu, "xla": paged_attention_xla}
-_DECODE_BACKENDS = {"mosaic_gpu": _decode_mosaic_gpu, "xla": paged_decode_xla}
+_DECODE_BACKENDS = {"mosaic_gpu": _decode_mosaic_gpu, "mosaic_tpu": _decode_mosaic_tpu, "xla": paged_decode_xla}
+_WRITE_BACKENDS = {"mosaic_tpu": _write_mosaic_tpu, "xla": paged_write_xla}
 
 
 def paged_attention(
@@ -107,6 +120,7 @@ def paged_decode(
     lengths: Int32[Array, " B"],
     *,
     scale: float,
+    window: int | Int[Array, ""] | None = None,
     implementation: dispatch.Implementation | None = None,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "P K page H"], Float[Array, "P K page H"]]:
     """Rotate the heads of one new token a sequence, write its key and value to their page, and attend from it.
@@ -123,6 +137,7 @@ def paged_decode(
         page_table: Numbers of pages.
         lengths: Keys in each sequence, the new one included.
         scale: Factor on q k^T before the softmax.
+        window: How many keys a query sees at most, itself included; all by default.
         implementation: Backend; by default the best one for this platform that can do the case.
 
     Returns:
@@ -141,15 +156,56 @@ def paged_decode(
             f"got {rotation.dtype}{list(rotation.shape)}"
         )
     queries = qkv[:, : qkv.shape[1] - 2 * k_pages.shape[1]]
-    _check(queries, k_pages, v_pages, page_table, lengths, None, None, None, None)
+    _check(queries, k_pages, v_pages, page_table, lengths, None, window, None, None)
+    if window is not None:
+        window = jnp.asarray(window, jnp.int32)
     with jax.named_scope("paged_decode"):
         return dispatch.call(
             "paged_decode",
             _DECODE_BACKENDS,
             implementation,
-            *(qkv, rotation, k_pages, v_pages, page_table, lengths),
+            *(qkv, rotation, k_pages, v_pages, page_table, lengths, window),
             scale=scale,
         )
+
+
+def paged_write(
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    k_pages: Float[Array, "P K page H"],
+    v_pages: Float[Array, "P K page H"],
+    table: Int32[Array, " M"],
+    start: Int[Array, ""],
+    *,
+    implementation: dispatch.Implementation | None = None,
+) -> tuple[Float[Array, "P K page H"], Float[Array, "P K page H"]]:
+    """Write the keys and values of T tokens of one sequence, at positions from `start` on, to their pages.
+
+    Args:
+        k: Keys, rotated where they are to be.
+        v: Values, likewise.
+        k_pages: Keys, floating; donate them, or they are copied.
+        v_pages: Values, likewise.
+        table: Numbers of the sequence's pages, one for each of the positions at least.
+        start: Position of the first token.
+        implementation: Backend; by default the best one for this platform that can do the case.
+
+    Returns:
+        Keys; values.
+
+    Raises:
+        ValueError: Shapes do not fit together; says which and what was expected.
+        NotImplementedError: The backend that was asked for cannot do this case.
+    """
+    heads, h = k_pages.shape[1], k_pages.shape[3]
+    if k.ndim != 3 or k.shape[1:] != (heads, h) or v.shape != k.shape or v_pages.shape != k_pages.shape:
+        shapes = ", ".join(str(list(array.shape)) for array in (k, v, k_pages, v_pages))
+        raise ValueError(
+            f"paged_write: expected twice [T, {heads}, {h}] and twice [P, {heads}, page, {h}], got {shapes}"
+        )
+    with jax.named_scope("paged_write"):
+        operands = (k, v, k_pages, v_pages, table, jnp.asarray(start, jnp.int32))
+        return dispatch.call("paged_write", _WRITE_BACKENDS, implementation, *operands)
 
 
 def _check(q, k_pages, v_pages, page_table, lengths, starts, window, k_scale, v_scale) -> None:

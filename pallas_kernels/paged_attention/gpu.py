@@ -93,6 +93,7 @@ def paged_decode_mosaic_gpu(
     v_pages: Float[Array, "P K page H"],
     page_table: Int32[Array, "B M"],
     lengths: Int32[Array, " B"],
+    window: Int32[Array, ""] | None = None,
     *,
     scale: float,
     config: HopperConfig | None = None,
@@ -101,8 +102,10 @@ def paged_decode_mosaic_gpu(
     """Compute what `paged_decode` documents: in one kernel, or where heads do not fill tiles, partly by XLA.
 
     Raises:
-        NotImplementedError: As `paged_attention_mosaic_gpu`, or pages are not of bfloat16.
+        NotImplementedError: As `paged_attention_mosaic_gpu`, or pages are not of bfloat16, or there is a window.
     """
+    if window is not None:
+        raise NotImplementedError("the GPU kernel that appends has no window")
     if k_pages.dtype != jnp.bfloat16:
         raise NotImplementedError(f"the GPU kernel appends to pages of bfloat16, got {k_pages.dtype}")
     (b, heads, h), (kv_heads, page) = qkv.shape, k_pages.shape[1:3]

@@ -47,6 +47,15 @@ def paged_attention_xla(
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, n, h).astype(q.dtype)
 
 
+def rotated(
+    qkv: Float[Array, "B N+2K H"], rotation: Float32[Array, "B 2 H"], *, kv_heads: int
+) -> tuple[Float[Array, "B N H"], Float32[Array, "B K H"]]:
+    """Give rotated queries in qkv's type, and rotated keys."""
+    x = qkv[:, :-kv_heads].astype(jnp.float32)
+    turned = x * rotation[:, :1] + jnp.roll(x, x.shape[-1] // 2, axis=-1) * rotation[:, 1:]
+    return turned[:, :-kv_heads].astype(qkv.dtype), turned[:, -kv_heads:]
+
+
 def append_xla(
     qkv: Float[Array, "B N+2K H"],
     rotation: Float32[Array, "B 2 H"],
@@ -57,9 +66,7 @@ def append_xla(
 ) -> tuple[Float[Array, "B N H"], Float[Array, "P K page H"], Float[Array, "P K page H"]]:
     """Give rotated queries, and pages with the rotated key and the value of one token a sequence written to them."""
     kv_heads, page = k_pages.shape[1:3]
-    heads = qkv.shape[1] - 2 * kv_heads
-    x = qkv[:, : heads + kv_heads].astype(jnp.float32)
-    rotated = x * rotation[:, :1] + jnp.roll(x, x.shape[-1] // 2, axis=-1) * rotation[:, 1:]
+    q, k = rotated(qkv, rotation, kv_heads=kv_heads)
     position = jnp.maximum(lengths - 1, 0)
     number = jnp.take_along_axis(page_table, position[:, None] // page, axis=1)[:, 0]
     number = jnp.where(lengths > 0, number, k_pages.shape[0])
@@ -67,8 +74,7 @@ def append_xla(
     def write(pages: Array, new: Array) -> Array:
         return pages.at[number, :, position % page].set(new.astype(pages.dtype), mode="drop")
 
-    k_pages, v_pages = write(k_pages, rotated[:, heads:]), write(v_pages, qkv[:, heads + kv_heads :])
-    return rotated[:, :heads].astype(qkv.dtype), k_pages, v_pages
+    return q, write(k_pages, k), write(v_pages, qkv[:, -kv_heads:])
 
 
 def paged_decode_xla(
@@ -78,10 +84,31 @@ def paged_decode_xla(
     v_pages: Float[Array, "P K page H"],
     page_table: Int32[Array, "B M"],
     lengths: Int32[Array, " B"],
+    window: Int32[Array, ""] | None,
     *,
     scale: float,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "P K page H"], Float[Array, "P K page H"]]:
     """Compute what `paged_decode` documents."""
     q, k_pages, v_pages = append_xla(qkv, rotation, k_pages, v_pages, page_table, lengths)
-    where = (None, None, page_table, lengths, lengths - 1, None)
+    where = (None, None, page_table, lengths, lengths - 1, window)
     return paged_attention_xla(q[:, None], k_pages, v_pages, *where, scale=scale)[:, 0], k_pages, v_pages
+
+
+def paged_write_xla(
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    k_pages: Float[Array, "P K page H"],
+    v_pages: Float[Array, "P K page H"],
+    table: Int32[Array, " M"],
+    start: Int32[Array, ""],
+) -> tuple[Float[Array, "P K page H"], Float[Array, "P K page H"]]:
+    """Compute what `paged_write` documents."""
+    page = k_pages.shape[2]
+    positions = start + jnp.arange(k.shape[0], dtype=jnp.int32)
+    numbers, rows = table[positions // page], positions % page
+
+    def write(pages: Array, new: Array) -> Array:
+        where = pages.at[numbers, :, rows]
+        return where.set(new.astype(pages.dtype), mode="promise_in_bounds", unique_indices=True)
+
+    return write(k_pages, k), write(v_pages, v)

@@ -5,7 +5,6 @@ window is static and its scales are one number, so that it would need a copy of 
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -13,18 +12,19 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array, Float, Float32, Int32, Shaped
 
+from pallas_kernels.paged_attention.reference import rotated
+from pallas_kernels.paged_attention.tpu_kernel import LANES, PAGE_STEP, Attention, write_chunk
 from pallas_kernels.tpus import MIB, generation
 
 _F32 = jnp.float32
-_MASKED = float(jnp.finfo(jnp.float32).min)
-_LANES = 128
-_PAGE_STEP = 16
-"""Tokens of a page are a multiple of this: rows of a tile of bfloat16."""
 
 _BUFFER_BYTES = 8 * MIB
 """Vector memory that tiles of keys and values, two of each, may take."""
+
+_SCALARS = 4
+"""Operands that a program reads before its blocks: page table, lengths, starts and window."""
 
 _KINDS = ("bfloat16", "int8", "float8_e4m3fn")
 
@@ -38,7 +38,7 @@ class TpuConfig:
 
     def check(self, *, page: int) -> None:
         """Raise NotImplementedError where tiles do not hold whole pages and vectors."""
-        if self.tile % page or self.tile % _LANES or self.rows % _PAGE_STEP:
+        if self.tile % page or self.tile % LANES or self.rows % PAGE_STEP:
             raise NotImplementedError(f"{self} does not fit pages of {page} tokens")
 
 
@@ -66,75 +66,199 @@ def paged_attention_mosaic_tpu(
     Raises:
         NotImplementedError: The types, H or the pages are none that the kernel takes, or the TPU is not known.
     """
+    places = (page_table, lengths, starts, window)
+    options = {"scale": scale, "config": config, "interpret": interpret}
+    return _attend(q, {"k_pages": k_pages, "v_pages": v_pages}, (k_scale, v_scale), places, None, **options)[0]
+
+
+def paged_decode_mosaic_tpu(
+    qkv: Float[Array, "B N+2K H"],
+    rotation: Float32[Array, "B 2 H"],
+    k_pages: Float[Array, "P K page H"],
+    v_pages: Float[Array, "P K page H"],
+    page_table: Int32[Array, "B M"],
+    lengths: Int32[Array, " B"],
+    window: Int32[Array, ""] | None,
+    *,
+    scale: float,
+    config: TpuConfig | None = None,
+    interpret: pltpu.InterpretParams | bool = False,
+) -> tuple[Float[Array, "B N H"], Float[Array, "P K page H"], Float[Array, "P K page H"]]:
+    """Compute what `paged_decode` documents: XLA rotates, the kernel writes and attends.
+
+    Raises:
+        NotImplementedError: As `paged_attention_mosaic_tpu`, or pages are not of bfloat16.
+    """
+    if k_pages.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"the TPU kernel appends to pages of bfloat16, got {k_pages.dtype}")
+    kv_heads = k_pages.shape[1]
+    q, k = rotated(qkv, rotation, kv_heads=kv_heads)
+    new = {"k_new": k.astype(k_pages.dtype), "v_new": qkv[:, -kv_heads:].astype(k_pages.dtype)}
+    places = (page_table, lengths, lengths - 1, window)
+    options = {"scale": scale, "config": config, "interpret": interpret}
+    out, keys, values = _attend(
+        q[:, None], {"k_pages": k_pages, "v_pages": v_pages}, (None, None), places, new, **options
+    )
+    return out[:, 0], keys, values
+
+
+def paged_write_mosaic_tpu(
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    k_pages: Float[Array, "P K page H"],
+    v_pages: Float[Array, "P K page H"],
+    table: Int32[Array, " M"],
+    start: Int32[Array, ""],
+    *,
+    interpret: pltpu.InterpretParams | bool = False,
+) -> tuple[Float[Array, "P K page H"], Float[Array, "P K page H"]]:
+    """Compute what `paged_write` documents, page by page.
+
+    Raises:
+        NotImplementedError: Pages are not of bfloat16, or H or the pages are none that the kernel takes.
+    """
     chip = generation()
-    b, t, n, h = q.shape
-    heads, page = k_pages.shape[1:3]
-    group = n // heads
-    if q.dtype != jnp.bfloat16 or k_pages.dtype.name not in _KINDS:
+    tokens, heads, h = k.shape
+    page = k_pages.shape[2]
+    if k_pages.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"the TPU kernel writes pages of bfloat16, got {k_pages.dtype}")
+    _check_pages(page, h)
+    count = -(-(tokens - 1) // page) + 1  # pages that a chunk may touch
+    touched = jnp.minimum(start // page + jnp.arange(count), (start + tokens - 1) // page)
+
+    def in_place(new: Array) -> Float[Array, "K count*page H"]:
+        rows = jnp.zeros((heads, count * page, h), k_pages.dtype)
+        return jax.lax.dynamic_update_slice(rows, new.swapaxes(0, 1).astype(rows.dtype), (0, start % page, 0))
+
+    chunk = pl.BlockSpec((heads, page, h), lambda i, *_: (0, i, 0))
+    by_number = pl.BlockSpec((pl.squeezed, heads, page, h), lambda i, numbers, *_: (numbers[i], 0, 0, 0))
+    return pl.pallas_call(
+        write_chunk,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(count,),
+            in_specs=[chunk, chunk, by_number, by_number],
+            out_specs=[by_number, by_number],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(k_pages.shape, k_pages.dtype)] * 2,
+        input_output_aliases={5: 0, 6: 1},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=chip.vmem // 2),
+        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=12 * count * page * heads * h, transcendentals=0),
+        name="paged_write",
+        interpret=interpret,
+    )(table[touched], start[None], start[None] + tokens, in_place(k), in_place(v), k_pages, v_pages)
+
+
+def _check_pages(page: int, h: int) -> None:
+    if page % PAGE_STEP or h % 64:
         raise NotImplementedError(
-            f"the TPU kernel takes bfloat16 with {', '.join(_KINDS)} pages, got {q.dtype}, {k_pages.dtype}"
-        )
-    if page % _PAGE_STEP or h % 64:
-        raise NotImplementedError(
-            f"the TPU kernel takes pages of a multiple of {_PAGE_STEP} tokens and an H of a multiple of 64, "
+            f"the TPU kernel takes pages of a multiple of {PAGE_STEP} tokens and an H of a multiple of 64, "
             f"got {page} and {h}"
         )
+
+
+def _attend(
+    q: Float[Array, "B T N H"],
+    pages: dict[str, Array],
+    scales: tuple[Array | None, Array | None],
+    places: tuple[Array, Array, Array, Array | None],
+    new: dict[str, Float[Array, "B K H"]] | None,
+    *,
+    scale: float,
+    config: TpuConfig | None,
+    interpret: pltpu.InterpretParams | bool,
+) -> list[Array]:
+    """Attend; with the last keys and values given as `new`, write them, and give the pages too."""
+    chip = generation()
+    page_table, lengths, starts, window = places
+    b, t, n, h = q.shape
+    kind, (heads, page) = pages["k_pages"].dtype, pages["k_pages"].shape[1:3]
+    group = n // heads
+    if q.dtype != jnp.bfloat16 or kind.name not in _KINDS:
+        raise NotImplementedError(
+            f"the TPU kernel takes bfloat16 with {', '.join(_KINDS)} pages, got {q.dtype}, {kind}"
+        )
+    _check_pages(page, h)
     if config is None:
-        config = choose_config(t * group, heads, h, page=page, kv_bytes=k_pages.dtype.itemsize)
+        config = choose_config(t * group, heads, h, page=page, kv_bytes=kind.itemsize)
     config.check(page=page)
     more = -(t * group) % config.rows
     grouped = q.reshape(b, t, heads, group, h).swapaxes(1, 2).reshape(b, heads, t * group, h)
     rows = t * group + more
-    operands: list[tuple[Array, pl.BlockSpec]] = [
+    cores = chip.cores if b % chip.cores == 0 else 1
+    each = b // cores
+
+    def of_sequence(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((pl.squeezed, *shape), lambda c, i, r, *_: (c * each + i, *(0,) * len(shape)))
+
+    of_rows = pl.BlockSpec((pl.squeezed, heads, config.rows, h), lambda c, i, r, *_: (c * each + i, 0, r, 0))
+    operands: dict[str, tuple[Array, pl.BlockSpec]] = {
         # Which of a sequence's query tokens each row is: dividing by any group is no operation on vectors.
-        (
+        "offsets": (
             (jnp.arange(rows, dtype=jnp.int32) // group)[:, None],
-            pl.BlockSpec((config.rows, 1), lambda b, r, *_: (r, 0)),
+            pl.BlockSpec((config.rows, 1), lambda c, i, r, *_: (r, 0)),
         ),
-        (
-            jnp.pad(grouped, ((0, 0), (0, 0), (0, more), (0, 0))),
-            pl.BlockSpec((pl.squeezed, heads, config.rows, h), lambda b, r, *_: (b, 0, r, 0)),
-        ),
-    ]
-    for factors in (k_scale, v_scale):
+        "q": (jnp.pad(grouped, ((0, 0), (0, 0), (0, more), (0, 0))), of_rows),
+    }
+    for name, factors in zip(("k_factors", "v_factors"), scales, strict=True):
         if factors is not None:
             gathered = _gather_scales(factors, page_table, config.tile)
-            operands.append((gathered, pl.BlockSpec((pl.squeezed, *gathered.shape[1:]), lambda b, r, *_: (b, 0, 0))))
-    operands += [(pages, pl.BlockSpec(memory_space=pl.ANY)) for pages in (k_pages, v_pages)]
-    buffer = pltpu.VMEM((2, config.tile // page, heads, page, h), k_pages.dtype)
-    out = pl.pallas_call(
-        functools.partial(
-            _kernel, tokens=t, group=group, scale=scale, scaled=k_scale is not None, windowed=window is not None
-        ),
+            operands[name] = gathered, of_sequence(*gathered.shape[1:])
+    for name, rows_ in (new or {}).items():
+        operands[name] = rows_, of_sequence(heads, h)
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    operands |= {name: (array, anywhere) for name, array in pages.items()}
+    out = {"out": (jax.ShapeDtypeStruct((b, heads, rows, h), q.dtype), of_rows)}
+    aliases = {}
+    if new is not None:
+        for name, array in pages.items():
+            aliases[_SCALARS + list(operands).index(name)] = len(out)
+            out[f"{name[0]}_out"] = jax.ShapeDtypeStruct(array.shape, kind), anywhere
+    buffer = pltpu.VMEM((2, config.tile // page, heads, page, h), kind)
+    of_head = pltpu.VMEM((heads, config.rows, LANES), _F32)
+    scratch: dict[str, Any] = {
+        "k_buffer": buffer,
+        "v_buffer": buffer,
+        "arrived": pltpu.SemaphoreType.DMA((2, 2)),
+        "written": pltpu.SemaphoreType.DMA((2,)),
+        "turn_of": pltpu.SMEM((1,), jnp.int32),
+        "top": of_head,
+        "total": of_head,
+        "sums": pltpu.VMEM((heads, config.rows, h), _F32),
+    }
+    names = ["table", "lengths", "starts", "window", *operands, *out, *scratch]
+
+    def kernel(*refs: Any) -> None:
+        named = dict(zip(names, refs, strict=True))
+        Attention(named, tokens=t, group=group, scale=scale, windowed=window is not None).run()
+
+    attended, *written = pl.pallas_call(
+        kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
-            grid=(b, rows // config.rows),
-            in_specs=[spec for _, spec in operands],
-            out_specs=pl.BlockSpec((pl.squeezed, heads, config.rows, h), lambda b, r, *_: (b, 0, r, 0)),
-            scratch_shapes=[
-                buffer,
-                buffer,
-                pltpu.SemaphoreType.DMA((2, 2)),
-                pltpu.VMEM((heads, config.rows, _LANES), _F32),
-                pltpu.VMEM((heads, config.rows, _LANES), _F32),
-                pltpu.VMEM((heads, config.rows, h), _F32),
-            ],
+            num_scalar_prefetch=_SCALARS,
+            grid=(cores, each, rows // config.rows),
+            in_specs=[spec for _, spec in operands.values()],
+            out_specs=[spec for _, spec in out.values()],
+            scratch_shapes=list(scratch.values()),
         ),
-        out_shape=jax.ShapeDtypeStruct((b, heads, rows, h), q.dtype),
+        out_shape=[shape for shape, _ in out.values()],
+        input_output_aliases=aliases,
+        # A program fetches for the next one: those of a core run in order.
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=chip.vmem // 2
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=chip.vmem // 2
         ),
-        cost_estimate=_cost(b, n * t, h, page_table.shape[1] * page, k_pages),
-        name="paged_attention",
+        cost_estimate=_cost(b, n * t, h, page_table.shape[1] * page, pages["k_pages"]),
+        name="paged_attention" if new is None else "paged_decode",
         interpret=interpret,
     )(
         page_table,
         lengths,
         starts,
         jnp.zeros(1, jnp.int32) if window is None else window[None],
-        *(array for array, _ in operands),
+        *(array for array, _ in operands.values()),
     )
-    return out[:, :, : t * group].reshape(b, heads, t, group, h).swapaxes(1, 2).reshape(q.shape)
+    attended = attended[:, :, : t * group].reshape(b, heads, t, group, h)
+    return [attended.swapaxes(1, 2).reshape(q.shape), *written]
 
 
 def choose_config(rows: int, heads: int, h: int, *, page: int, kv_bytes: int) -> TpuConfig:
@@ -142,10 +266,10 @@ def choose_config(rows: int, heads: int, h: int, *, page: int, kv_bytes: int) ->
 
     A rule, not a measurement: no TPU was.
     """
-    least = math.lcm(page, _LANES)
-    fitting = _BUFFER_BYTES // (4 * heads * max(h, _LANES) * kv_bytes) // least * least
-    most = max(_PAGE_STEP, 2048 // heads // _PAGE_STEP * _PAGE_STEP)
-    filled = -(-rows // _PAGE_STEP) * _PAGE_STEP
+    least = math.lcm(page, LANES)
+    fitting = _BUFFER_BYTES // (4 * heads * max(h, LANES) * kv_bytes) // least * least
+    most = max(PAGE_STEP, 2048 // heads // PAGE_STEP * PAGE_STEP)
+    filled = -(-rows // PAGE_STEP) * PAGE_STEP
     return TpuConfig(rows=min(filled, most), tile=max(least, min(fitting, max(512 // least * least, least))))
 
 
@@ -160,87 +284,3 @@ def _cost(b: int, rows: int, h: int, keys: int, pages: Array) -> pl.CostEstimate
     """Count as if half of the table were used."""
     moved = b * keys // 2 * pages.shape[1] * h * 2 * pages.dtype.itemsize + 4 * b * rows * h
     return pl.CostEstimate(flops=2 * b * rows * h * keys, bytes_accessed=moved, transcendentals=b * rows * keys // 2)
-
-
-def _kernel(
-    table: Any, lengths: Any, starts: Any, window: Any, offsets: Any, q: Any, *refs: Any,
-    tokens: int, group: int, scale: float, scaled: bool, windowed: bool,
-) -> None:  # fmt: skip
-    """Attend from a block of rows to the tiles of a sequence's keys that some of them sees.
-
-    The next tile is on its way while one is computed with.
-    """
-    k_factors, v_factors = refs[:2] if scaled else (None, None)
-    k_hbm, v_hbm, out, k_buffer, v_buffer, arrived, top, total, sums = refs[2 * scaled :]
-    _, pieces, heads, page, h = k_buffer.shape
-    rows, tile = q.shape[1], pieces * page
-    sequence, block = pl.program_id(0), pl.program_id(1)
-    start, length = starts[sequence], lengths[sequence]
-    first_token = block * rows // group
-    last_token = jnp.minimum((block * rows + rows - 1) // group, tokens - 1)
-    end = jnp.minimum(start + last_token + 1, length)
-    begin = jnp.maximum(start + first_token - window[0] + 1, 0) if windowed else jnp.int32(0)
-    first_tile, tiles = begin // tile, pl.cdiv(jnp.maximum(end, 0), tile)
-
-    def transfer(turn: Array, action: str) -> None:
-        """Start the copies of a tile, or wait for them: of the pages alone that hold a key which is seen."""
-        slot = jax.lax.rem(turn, 2)
-
-        @pl.loop(0, pieces)
-        def _(piece: Array) -> None:
-            entry = turn * pieces + piece
-
-            @pl.when((entry * page < end) & ((entry + 1) * page > begin))
-            def _() -> None:
-                for i, (pages, buffer) in enumerate(((k_hbm, k_buffer), (v_hbm, v_buffer))):
-                    source, target = pages.at[table[sequence, entry]], buffer.at[slot, piece]
-                    getattr(pltpu.make_async_copy(source, target, arrived.at[i, slot]), action)()
-
-    def load(buffer: Any, slot: Array, head: int) -> Array:
-        return buffer[slot, :, head].astype(jnp.bfloat16).reshape(tile, h)
-
-    top[...] = jnp.full_like(top, _MASKED)
-    total[...] = jnp.zeros_like(total)
-    sums[...] = jnp.zeros_like(sums)
-    positions = start + offsets[...]
-    pl.when(first_tile < tiles)(lambda: transfer(first_tile, "start"))
-
-    @pl.loop(first_tile, tiles)
-    def _(turn: Array) -> None:
-        pl.when(turn + 1 < tiles)(lambda: transfer(turn + 1, "start"))
-        transfer(turn, "wait")
-        slot = jax.lax.rem(turn, 2)
-
-        def keys(shape: tuple[int, int], axis: int) -> Array:
-            return turn * tile + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-
-        columns, lines = keys((rows, tile), 1), keys((tile, h), 0)
-        seen = (columns <= positions) & (columns < length)
-        if windowed:
-            seen = seen & (columns > positions - window[0])
-        brought = (lines >= begin) & (lines < end)
-        here = pl.ds(pl.multiple_of(turn * tile, _LANES), tile)
-        for head in range(heads):
-            scores = _dot(q[head], load(k_buffer, slot, head), of_rows=True) * scale
-            if k_factors is not None:
-                scores = scores * k_factors[pl.ds(head, 1), here]
-            scores = jnp.where(seen, scores, _MASKED)
-            old = top[head, :, :1]
-            new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
-            weights = jnp.where(seen, jnp.exp(scores - new), 0.0)
-            fade = jnp.exp(old - new)
-            total[head] = total[head] * fade + jnp.sum(weights, axis=1, keepdims=True)
-            top[head] = jnp.broadcast_to(new, top.shape[1:])
-            if v_factors is not None:
-                weights = jnp.where(seen, weights * v_factors[pl.ds(head, 1), here], 0.0)
-            # Zero times what is no number is none, and what was not brought may be that.
-            values = jnp.where(brought, load(v_buffer, slot, head).astype(_F32), 0.0).astype(jnp.bfloat16)
-            sums[head] = sums[head] * fade + _dot(weights.astype(jnp.bfloat16), values)
-
-    for head in range(heads):
-        weight = total[head, :, :1]
-        out[head] = (sums[head] / jnp.where(weight == 0, 1.0, weight)).astype(out.dtype)
-
-
-def _dot(left: Array, right: Array, *, of_rows: bool = False) -> Array:
-    return jax.lax.dot_general(left, right, (((1,), (int(of_rows),)), ((), ())), preferred_element_type=_F32)

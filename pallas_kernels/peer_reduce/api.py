@@ -32,8 +32,24 @@ def _row_parallel_mosaic_gpu(*args: Any, **kwargs: Any) -> Any:
     return row_parallel_mosaic_gpu(*args, **kwargs)
 
 
-_REDUCE_BACKENDS = {"mosaic_gpu": _reduce_mosaic_gpu, "xla": peer_reduce_psum}
-_ROW_PARALLEL_BACKENDS = {"mosaic_gpu": _row_parallel_mosaic_gpu, "xla": row_parallel_psum}
+def _reduce_mosaic_tpu(*args: Any, **kwargs: Any) -> Any:
+    from pallas_kernels.peer_reduce.tpu import peer_reduce_mosaic_tpu
+
+    return peer_reduce_mosaic_tpu(*args, **kwargs)
+
+
+def _row_parallel_mosaic_tpu(*args: Any, **kwargs: Any) -> Any:
+    from pallas_kernels.peer_reduce.tpu import row_parallel_mosaic_tpu
+
+    return row_parallel_mosaic_tpu(*args, **kwargs)
+
+
+_REDUCE_BACKENDS = {"mosaic_gpu": _reduce_mosaic_gpu, "mosaic_tpu": _reduce_mosaic_tpu, "xla": peer_reduce_psum}
+_ROW_PARALLEL_BACKENDS = {
+    "mosaic_gpu": _row_parallel_mosaic_gpu,
+    "mosaic_tpu": _row_parallel_mosaic_tpu,
+    "xla": row_parallel_psum,
+}
 
 
 def peer_reduce(

@@ -26,8 +26,20 @@ def _glu_mosaic_gpu(*args: Any, **kwargs: Any) -> Any:
     return glu_project_mosaic_gpu(*args, **kwargs)
 
 
-_NORM_BACKENDS = {"mosaic_gpu": _norm_mosaic_gpu, "xla": rmsnorm_project_xla}
-_GLU_BACKENDS = {"mosaic_gpu": _glu_mosaic_gpu, "xla": glu_project_xla}
+def _norm_mosaic_tpu(*args: Any, **kwargs: Any) -> Any:
+    from pallas_kernels.tails.tpu import rmsnorm_project_mosaic_tpu
+
+    return rmsnorm_project_mosaic_tpu(*args, **kwargs)
+
+
+def _glu_mosaic_tpu(*args: Any, **kwargs: Any) -> Any:
+    from pallas_kernels.tails.tpu import glu_project_mosaic_tpu
+
+    return glu_project_mosaic_tpu(*args, **kwargs)
+
+
+_NORM_BACKENDS = {"mosaic_gpu": _norm_mosaic_gpu, "mosaic_tpu": _norm_mosaic_tpu, "xla": rmsnorm_project_xla}
+_GLU_BACKENDS = {"mosaic_gpu": _glu_mosaic_gpu, "mosaic_tpu": _glu_mosaic_tpu, "xla": glu_project_xla}
 
 
 def rmsnorm_project(

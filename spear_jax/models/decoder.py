@@ -125,7 +125,7 @@ class Layer(nnx.Module):
         def before(name: str) -> Compensator | None:
             """Give the compensator of a linear whose coordinates come with its input; else its product makes them."""
             compensator = own.get(name)
-            if compensator is None or platform() != "gpu" or isinstance(getattr(self, name), RowParallel):
+            if compensator is None or platform() == "cpu" or isinstance(getattr(self, name), RowParallel):
                 return None
             return None if compensator.a is None else compensator
 

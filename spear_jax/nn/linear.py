@@ -72,7 +72,7 @@ class RMSNorm(nnx.Module):
         *,
         compensator: Compensator | None = None,
     ) -> tuple[Float[Array, "*B D"], Any, Float[Array, "*B R"] | None]:
-        """Give the norm of a sum, the sum, and a compensator's gated coordinates of the norm, in one go on a GPU."""
+        """Give the norm of a sum, the sum, and coordinates of the norm; on accelerators in one kernel."""
         if isinstance(residual, PeerResidual):
             return residual.normed(update, self.weight[...], eps=self.eps, compensator=compensator)
         assert not isinstance(update, RowProduct), "parts are summed through an inbox, and there is none"

@@ -14,6 +14,7 @@ from calibrate.nonfinite import broken_gradients
 from calibrate.student import GateConfig, Student, initial_compensators, zero_byte_params
 from calibrate.train import Standing, TrainConfig, Trainer, TrainingDiverged
 from calibrate.weights import weight_errors
+from pallas_kernels.dispatch import compiling_for
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.quantize import quantize_model
 from spear_jax.nn.linear import Linear, RMSNorm
@@ -49,6 +50,20 @@ def test_loss_is_zero_against_oneself_and_positive_otherwise():
     wanted, got = (jax.nn.log_softmax(model.logits(h)) for h in (hidden, other))
     np.testing.assert_allclose(float(kl), jnp.mean(jnp.sum(jnp.exp(wanted) * (wanted - got), axis=-1)), rtol=1e-4)
     np.testing.assert_allclose(float(relative), 0.01, rtol=1e-3)
+
+
+def test_no_kernel_is_differentiated():
+    """Those for TPUs take any number of rows, but have no gradient and are not divided among devices."""
+    config = tiny_config(num_layers=1, hidden_size=128)
+    reference = Decoder.from_weights(config, random_weights(config), dtype=jnp.bfloat16)
+    base = quantize_model(reference, QuantSpec())
+    trainer = Trainer(reference, base, Student(ranks={}, gate=GateConfig(form="static")), TOKENS, CONFIG)
+    params = zero_byte_params(base, reference, ("scales", "norms"))
+    with compiling_for("tpu", kind="TPU v6 lite"):
+        losses = jax.make_jaxpr(lambda params: trainer._losses(trainer.frozen, params, jnp.arange(4))[0])
+        gradient = jax.make_jaxpr(jax.grad(lambda params: trainer._losses(trainer.frozen, params, jnp.arange(4))[0]))
+        assert "pallas_call" in str(jax.make_jaxpr(lambda x: reference(x)[0])(TOKENS))
+        assert "pallas_call" not in str(losses(params)) + str(gradient(params))
 
 
 def test_training_lowers_the_held_out_loss_and_resumes_to_the_same_end():

@@ -85,6 +85,14 @@ PRODUCTS = tuned() | {
     "groups of 32, 16 rows": product(16, 4096, 4096, group=32, **FULL, tile_m=16, k_parts=4, blocks=1),
     "groups of 16, four warpgroups": product(16, 4096, 4096, group=16, tile_m=16, row_tiles=4),
     "groups of 128, 64 rows": product(64, 28672, 4096, group=128, **FULL, tile_m=64, row_tiles=4, blocks=1),
+    "512 rows, four warpgroups": product(512, 4096, 14336, rank=16, tile_m=64, row_tiles=4, blocks=2, slots=5),
+    "512 rows, silu, four warpgroups": product(
+        512, 28672, 4096, rank=16, activation="silu", tile_m=64, row_tiles=4, blocks=2, slots=4
+    ),
+    "512 rows, three warpgroups": product(512, 6144, 4096, rank=16, tile_m=128, row_tiles=3, blocks=1, slots=6),
+    "768 rows, tiles of 192, silu": product(
+        768, 28672, 4096, rank=16, activation="silu", tile_m=192, row_tiles=2, blocks=1, slots=4
+    ),
     "256 rows": product(512, 28672, 4096, tile_m=256, row_tiles=2, blocks=1),
     "256 rows, groups of 128": product(512, 28672, 4096, group=128, **FULL, tile_m=256, row_tiles=2, blocks=1, slots=3),
     "128 rows, groups of 32": product(128, 4096, 4096, group=32, **FULL, tile_m=128, row_tiles=2, blocks=1, slots=3),

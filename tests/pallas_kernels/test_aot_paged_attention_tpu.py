@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention import paged_attention, paged_decode, paged_write
 from pallas_kernels.topology import compiling_for_tpu
 from pallas_kernels.tpus import GENERATIONS
 
@@ -76,3 +76,36 @@ def test_the_kernel_compiles_and_copies_no_cache(tpu: str, name: str):
     scales = sum(keywords[name].size * 4 for name in ("k_scale", "v_scale") if name in keywords)
     # Scales lie in HBM with their tokens filled up to 128 lanes, and are gathered into rows of lanes.
     assert memory.temp_size_in_bytes < cache / 4 + 2 * scales * 128 // PROBLEMS[name].page
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+@pytest.mark.parametrize("tpu", GENERATIONS)
+def test_keys_and_values_are_written_where_they_lie(tpu: str, windowed: bool):
+    """A decode step's attention and a chunk's writing: in place, with nothing as large as a sequence made besides."""
+    pytest.importorskip("libtpu")
+    with compiling_for_tpu(tpu) as device:
+        (_, pages, _, table, lengths), keywords = Problem(page=64, entries=36, windowed=windowed).operands(device)
+        b, kv_heads, h = lengths.shape[0], pages.shape[1], pages.shape[3]
+
+        def array(shape, dtype):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=pages.sharding)
+
+        def decode(k, v, qkv, rotation, table, lengths, window):
+            return paged_decode(qkv, rotation, k, v, table, lengths, scale=0.1, window=window)
+
+        def write(k_pages, v_pages, k, v, table, start):
+            return paged_write(k, v, k_pages, v_pages, table, start)
+
+        qkv, rotation = array((b, 6 * kv_heads, h), jnp.bfloat16), array((b, 2, h), jnp.float32)
+        chunk, row, start = array((256, kv_heads, h), jnp.bfloat16), array((36,), jnp.int32), array((), jnp.int32)
+        steps = {
+            decode: (qkv, rotation, table, lengths, keywords.get("window")),
+            write: (chunk, chunk, row, start),
+        }
+        for step, rest in steps.items():
+            lowered = jax.jit(step, donate_argnums=(0, 1)).lower(pages, pages, *rest)
+            assert lowered.as_text().count("tpu_custom_call") == 1
+            memory = lowered.compile().memory_analysis()
+            cache = 2 * pages.size * 2
+            assert memory.alias_size_in_bytes >= cache
+            assert memory.temp_size_in_bytes < cache / b

@@ -36,9 +36,7 @@ def array(chip: Generation):
     return functools.partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(device))
 
 
-def compile_product(
-    chip: Generation, array, *, m: int, n: int, k: int, groups: int, rank: int = 0, activations: str = "as they are"
-):
+def compile_product(chip: Generation, array, *, m: int, n: int, k: int, groups: int, rank: int = 0, **options: str):
     """Compile a product, with everything that it can have where there is a rank; give its memory and stored bytes."""
     scale = array((groups, n), F32 if groups == 1 else BF16)
     operands = [array((m, k), BF16), array((k // 2, n), jnp.int8), scale, None, None, None, None]
@@ -56,7 +54,7 @@ def compile_product(
         operands[3:6] = [array((groups, n), jnp.int8), array((n,), BF16), compensator]
 
     def run(*operands):
-        return int4_matmul_mosaic_tpu(*operands, BF16, layout="columns", activations=activations)
+        return int4_matmul_mosaic_tpu(*operands, BF16, layout="columns", **options)
 
     with compiling_for_tpu(chip.name):
         lowered = jax.jit(run).lower(*operands)
@@ -67,8 +65,8 @@ def compile_product(
     return memory, stored
 
 
-def check(chip: Generation, array, *, activations: str = "as they are", **shape: int) -> None:
-    memory, stored = compile_product(chip, array, activations=activations, **shape)
+def check(chip: Generation, array, *, options: dict[str, str] | None = None, **shape: int) -> None:
+    memory, stored = compile_product(chip, array, **shape, **(options or {}))
     codes, name = shape["n"] * shape["k"] // 2, f"{chip.name} {shape}"
     # A row of x, a bias or a scale may take a whole tile.
     assert memory.argument_size_in_bytes < 1.02 * stored + 2**18, name
@@ -113,4 +111,13 @@ def test_int8_activations_compile(chip: Generation, array, group: int):
     for m in (1, 16, 128, 1024):
         for rank in (0, 64):
             groups = 1 if group == -1 else 4096 // group
-            check(chip, array, m=m, n=6144, k=4096, groups=groups, rank=rank, activations="int8")
+            check(chip, array, m=m, n=6144, k=4096, groups=groups, rank=rank, options={"activations": "int8"})
+
+
+@pytest.mark.parametrize("group", [-1, 128])
+def test_products_that_end_with_an_activation_compile(chip: Generation, array, group: int):
+    for m in (1, 16, 256, 1024):
+        for n, k in ((28672, 4096), (16384, 2048)):
+            if k % group == 0:
+                groups = 1 if group == -1 else k // group
+                check(chip, array, m=m, n=n, k=k, groups=groups, rank=16, options={"activation": "silu"})

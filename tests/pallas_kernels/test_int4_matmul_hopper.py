@@ -34,6 +34,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "cluster of 4": {"tile_m": 64, "splits": 4, "blocks": 2},
     "four blocks at a time": {"tile_m": 16, "blocks": 4, "slots": 1},
     "tile of 128": {"tile_m": 128, "splits": 2, "blocks": 1},
+    "tile of 192": {"tile_m": 192, "row_tiles": 2, "splits": 2, "blocks": 1},
     "tile of 256": {"tile_m": 256, "row_tiles": 2, "blocks": 1},
 }
 KINDS: dict[str, dict[str, Any]] = {
@@ -52,6 +53,7 @@ QUICK = {
     ("cluster of 4", "group 32"),
     ("four blocks at a time", "channel, asymmetric, bias, rank 5"),
     ("tile of 128", "group 128, asymmetric, bias, rank 5"),
+    ("tile of 192", "channel, asymmetric, bias, rank 5"),
     ("tile of 256", "channel, asymmetric, bias, rank 5"),
 }
 PAIRS = [
@@ -125,7 +127,7 @@ def test_every_way_to_cut(interpreted, kernel, config: dict[str, Any], kind: dic
     slots: dict[str, Any] = {"slots": 4 if "group" not in kind else 8}
     cut = HopperConfig(**(slots | config))
     tile_m = cut.tile_m
-    m = 1 if tile_m == 256 else tile_m + 3 if tile_m < 32 else tile_m - 3  # odd; for small tiles, two of them
+    m = 1 if tile_m > 128 else tile_m + 3 if tile_m < 32 else tile_m - 3  # odd; for small tiles, two of them
     operands, keywords = in_bfloat16(Case(m=m, n=128, k=512, **kind))
     y = interpreted(*kernel(operands, keywords, cut))
     assert y.dtype == jnp.float32

@@ -140,6 +140,27 @@ def test_two_cores_may_run_at_once(tpu_interpreted, case: str):
     check(tpu_interpreted, LARGE[case], config=CUTS["two cores"], cores=2)
 
 
+@pytest.mark.parametrize(
+    ("case", "cut"),
+    [("per channel", "one step"), pytest.param("groups of 64", "x by blocks", marks=pytest.mark.slow)],
+)
+def test_an_activation_ends_the_product(tpu_interpreted, case: str, cut: str):
+    positional, keywords = LARGE[case].operands()
+    got = kernel(tpu_interpreted, positional, keywords, config=CUTS[cut], activation="silu")
+    assert got.shape == (40, 256)
+    assert_close(got, reference(positional, keywords, activation="silu"), relative=5e-3)
+
+
+def test_an_activation_takes_whole_vectors_of_pairs():
+    (x, packed, scale), _ = Case(m=8, n=384, k=128).operands()
+    call = functools.partial(
+        int4_matmul, x.astype(jnp.bfloat16), packed.T, scale.T, activation="silu", layout="columns"
+    )
+    assert call().shape == (8, 192)
+    with dispatch.compiling_for("tpu", kind=V6E), pytest.raises(NotImplementedError, match="no configuration fits"):
+        call(implementation="mosaic_tpu")
+
+
 INT8 = {name: CASES[name] for name in ("odd_rows", "gated_rank_16_int8")} | {"large": LARGE["groups of 64"]}
 
 

@@ -1,4 +1,4 @@
-"""A cache in pages gives the tokens that the cache without them gives, and a step on a Hopper GPU launches little."""
+"""A cache in pages gives the tokens that the cache without them gives."""
 
 import dataclasses
 
@@ -12,6 +12,7 @@ from serve.cache import KVCache, allocate
 from serve.paged_cache import PagedKVCache, suits_pages
 from serve.request import SamplingParams
 from serve.runner import Runner
+from spear_jax.config import ModelConfig
 from spear_jax.models.decoder import Decoder, unstack
 from spear_jax.testing import random_weights, tiny_config
 
@@ -21,12 +22,12 @@ CONFIG = tiny_config(tie_embeddings=False)
 
 def allocated(**changes):
     options = {"slots": 2, "context": 100, "padding": 16, "dtype": jnp.bfloat16, "stacked": False}
-    return allocate(tiny_config(head_dim=64, **changes.pop("config", {})), **(options | changes))
+    return allocate(tiny_config(**({"head_dim": 64} | changes.pop("config", {}))), **(options | changes))
 
 
-def tokens_of(layout: str) -> list[list[int]]:
+def tokens_of(layout: str, config: ModelConfig = CONFIG) -> list[list[int]]:
     """Tokens of three slots: prompts of several chunks, one slot idle for a while, one used twice."""
-    model = Decoder.from_weights(CONFIG, random_weights(CONFIG), dtype=jnp.float32)
+    model = Decoder.from_weights(config, random_weights(config), dtype=jnp.float32)
     model = unstack(model) if layout == "separate" else model
     runner = Runner(model, slots=3, context=150, buckets=(8, 16), lone_program=False)
     rng, out = np.random.default_rng(0), []
@@ -55,12 +56,24 @@ def tokens_of(layout: str) -> list[list[int]]:
 @pytest.mark.parametrize("layout", ["stacked", "separate"])
 def test_tokens_are_those_of_the_cache_without_pages(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = tokens_of(layout)
-    monkeypatch.setattr(cache_module.dispatch, "is_hopper", lambda: True)
     monkeypatch.setattr(cache_module, "suits_pages", lambda *_: True)
     assert tokens_of(layout) == expected
 
 
-def test_pages_are_for_hopper_alone() -> None:
+@pytest.mark.parametrize("layout", [pytest.param("stacked", marks=pytest.mark.slow), "separate"])
+def test_tokens_are_the_same_with_heads_side_by_side_and_windows(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight heads of 16 fill the width of a TPU's page, of which a model of three uses as many."""
+    counts = {"num_heads": 6, "num_kv_heads": 3}
+    config = tiny_config(tie_embeddings=False, sliding_window=20, layer_is_global=(False, True, False), **counts)
+    expected = tokens_of(layout, config)
+    monkeypatch.setattr(cache_module, "suits_pages", lambda *_: True)
+    with compiling_for("tpu"):
+        shape = allocate(config, slots=1, context=60, padding=3, dtype=jnp.float32, stacked=True).k.shape
+        assert shape == (3, 1, 64, 128)
+        assert tokens_of(layout, config) == expected
+
+
+def test_pages_are_for_accelerators_alone() -> None:
     assert all(isinstance(cache, KVCache) for cache in allocated())
     with compiling_for("gpu"):
         for stacked in (True, False):
@@ -70,8 +83,20 @@ def test_pages_are_for_hopper_alone() -> None:
             assert whole.length == 128
         assert isinstance(allocated(dtype=jnp.float32)[0], KVCache)
         assert isinstance(allocated(config={"sliding_window": 20})[0], KVCache)
+    with compiling_for("tpu"):
+        windowed = allocated(config={"sliding_window": 20})
+        assert isinstance(windowed, PagedKVCache)
+        assert windowed.windowed
+        assert windowed.k.shape == (3 * 2 * 2, 1, 64, 128)
+        assert isinstance(allocated(config={"head_dim": 96})[0], KVCache)
 
 
-@pytest.mark.parametrize(("head_dim", "suits"), [(64, True), (128, True), (256, True), (80, False), (320, False)])
-def test_heads_that_the_kernel_takes(head_dim: int, suits: bool) -> None:
-    assert suits_pages(dataclasses.replace(CONFIG, head_dim=head_dim), jnp.dtype(jnp.bfloat16)) == suits
+@pytest.mark.parametrize(
+    ("head_dim", "platforms"),
+    [(64, {"gpu", "tpu"}), (128, {"gpu", "tpu"}), (192, {"gpu"}), (256, {"gpu", "tpu"}), (80, set()), (384, set())],
+)
+def test_heads_that_the_kernels_take(head_dim: int, platforms: set[str]) -> None:
+    for platform in ("gpu", "tpu", "cpu"):
+        with compiling_for(platform):
+            suits = suits_pages(dataclasses.replace(CONFIG, head_dim=head_dim), jnp.dtype(jnp.bfloat16))
+        assert suits == (platform in platforms)
