@@ -66,7 +66,7 @@ class StepConfig:
     tensor_parallel: int = 1
     """Devices that the model is divided over."""
 
-    reduction: Reduction = "dual-write"
+    reduction: Reduction = "psum"
     """How devices sum parts of products: into each other's memory on Hopper GPUs and TPUs, or psum."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

@@ -81,7 +81,7 @@ class ServeConfig:
     tensor_parallel: int = 1
     """Devices of this machine that the model is divided over."""
 
-    reduction: Literal["psum", "dual-write"] = "dual-write"
+    reduction: Literal["psum", "dual-write"] = "psum"
     """How devices sum parts of products. dual-write: on Hopper GPUs and TPUs each writes into the memory of all,
     up to 64 rows; elsewhere, and above, as psum. psum: XLA's collective."""
 
