@@ -48,7 +48,7 @@ SHAPES = {name: shapes.SHAPES[name] for name in ("llama-3.1-8b", "llama-3.2-1b")
 
 def predict(chip: Generation, m: int, n: int, k: int, *, groups: int = 1) -> Prediction:
     """Choose a configuration for m rows and a weight [n, k], and predict its time and bytes, without a compensator."""
-    shape = {"groups": groups, "rank": _RANK}
+    shape: dict[str, Any] = {"groups": groups, "rank": _RANK}
     fitting = candidates(block_rows(m), n, k, **shape, chip=chip)
     shape["rank"] = 0
     config = min(fitting, key=lambda config: predicted_seconds(config, m, n, k, **shape, chip=chip))

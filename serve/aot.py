@@ -63,7 +63,7 @@ class AotConfig:
     """Devices that the model is divided over."""
 
     reduction: Reduction = "dual-write"
-    """How GPUs sum parts of products: through each other's inboxes, or psum. TPUs use psum."""
+    """How devices sum parts of products: each writes into the others' memory, or psum."""
 
     layers: int | None = None
     """Keep the first layers only."""
@@ -127,8 +127,7 @@ def abstract_model(config: ModelConfig, aot: AotConfig, lay_out: Callable[[Decod
         model = random_model(config, spec=spec, rank=aot.rank, dtype=jnp.dtype(jnp.bfloat16))
         if aot.tp == 1:
             return lay_out(model)
-        reduction = aot.reduction if dispatch.is_hopper() else "psum"
-        return sum_rows(lay_out(part(model, 0, aot.tp)), parts=aot.tp, reduction=reduction)
+        return sum_rows(lay_out(part(model, 0, aot.tp)), parts=aot.tp, reduction=aot.reduction)
 
     return jax.eval_shape(build)
 

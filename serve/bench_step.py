@@ -66,8 +66,8 @@ class StepConfig:
     tensor_parallel: int = 1
     """Devices that the model is divided over."""
 
-    reduction: Reduction = "dual-write"
-    """How devices sum parts of products: through each other's inboxes on Hopper GPUs, or psum."""
+    reduction: Reduction = "psum"
+    """How devices sum parts of products: into each other's memory on Hopper GPUs and TPUs, or psum."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of activations."""

@@ -82,9 +82,9 @@ class ServeConfig:
     tensor_parallel: int = 1
     """Devices of this machine that the model is divided over."""
 
-    reduction: Literal["psum", "dual-write"] = "dual-write"
-    """How devices sum parts of products. dual-write: on Hopper GPUs each product writes into all devices' memory, up to
-    64 rows; elsewhere, and above, as psum. psum: XLA's collective."""
+    reduction: Literal["psum", "dual-write"] = "psum"
+    """How devices sum parts of products. dual-write: on Hopper GPUs and TPUs each writes into the memory of all,
+    up to 64 rows; elsewhere, and above, as psum. psum: XLA's collective."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of activations, KV cache and unquantized weights; auto: float32 on CPU, bfloat16 elsewhere."""

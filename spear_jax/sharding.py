@@ -200,7 +200,8 @@ def sum_rows(
 def _suits_inboxes(model: Decoder, name: str) -> bool:
     """Say whether sums after a linear can go through inboxes: of int4 in separate layers, with no norm before the sum.
 
-    On a GPU codes must be in the kernel's order and activations bfloat16. On a CPU it is the same as psum, for tests.
+    On a GPU or a TPU codes must be in the kernel's order and activations bfloat16. On a CPU it is the same as psum, for
+    tests.
     """
     if not isinstance(model.layers, nnx.List) or model.config.sandwich_norms:
         return False
@@ -209,6 +210,8 @@ def _suits_inboxes(model: Decoder, name: str) -> bool:
         return False
     if dispatch.is_hopper():
         return weight.layout == "fragments" and model.dtype == jnp.bfloat16
+    if dispatch.platform() == "tpu":
+        return weight.layout == "columns" and model.dtype == jnp.bfloat16
     return dispatch.platform() == "cpu"
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -330,8 +330,8 @@ def candidates(m: int, shape: Shape) -> list[HopperConfig]:
             continue
         paces = itertools.product((1, 2), (1, 2)) if large else itertools.product((1, 2, 4, 8), (1, 2, 4, 7, 8))
         for splits, blocks in paces:
-            cut = {"tile_m": tile_m, "row_tiles": row_tiles, "k_parts": k_parts, "splits": splits, "blocks": blocks}
-            config = HopperConfig(**cut, slots=1)
+            cut: dict[str, Any] = {"tile_m": tile_m, "row_tiles": row_tiles, "k_parts": k_parts}
+            config = HopperConfig(**cut, splits=splits, blocks=blocks, slots=1)
             if shape.fits(config):
                 found.append(_deepest(config, shape))
     return found

@@ -27,6 +27,7 @@ def test_three_devices_serve_what_one_does(launch_server, monkeypatch: pytest.Mo
     assert "divided over 3 devices" in "".join(server.log)
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_divided_is_refused(launch_server, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     server = launch_server("--tensor-parallel", "2", "--quantize", "none")
