@@ -98,11 +98,13 @@ class _Target:
     def named(cls, topology: str, tp: int) -> "_Target":
         name, _, chips = topology.partition(":")
         on_gpus = name in GPUS
-        devices = gpu_topology(name, count=_gpus(chips)).devices if on_gpus else tpu_topology(topology).devices
-        if not 1 <= tp <= len(devices):
-            raise ValueError(f"tp must be from 1 to the {len(devices)} devices of {topology}, got {tp}")
+        devices = () if on_gpus else tpu_topology(topology).devices
+        count = _gpus(chips) if on_gpus else len(devices)
+        if not 1 <= tp <= count:
+            raise ValueError(f"tp must be from 1 to the {count} devices of {topology}, got {tp}")
         if on_gpus:
             rates = dict(zip(("bandwidth", "flops"), _H200, strict=True))
+            devices = gpu_topology(name, count=count).devices
             return cls(platform="gpu", kind="NVIDIA H200", devices=list(devices[:tp]), **rates)
         kind = devices[0].device_kind
         chip = tpus.generation(kind)
