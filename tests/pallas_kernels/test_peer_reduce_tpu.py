@@ -38,6 +38,7 @@ def interpret(devices: int, order: str, names: tuple[str, ...] | list[str]) -> N
     assert [line for line in done.stdout.splitlines() if line in names] == list(names)
 
 
+@pytest.mark.slow
 def test_two_devices_sum_without_a_race():
     """And a race that is planted is found, without which the others would prove nothing."""
     interpret(2, "eager", QUICK)

@@ -26,6 +26,7 @@ def interpret(devices: int, *arguments: str) -> None:
     assert done.stdout.split() == list(arguments)
 
 
+@pytest.mark.slow
 def test_two_devices_agree_and_a_lost_one_is_named():
     interpret(2, "product", "one_row!signal")
 

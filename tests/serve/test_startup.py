@@ -135,6 +135,7 @@ def test_the_bench_says_in_one_line_that_there_is_no_server() -> None:
         bench(BenchConfig(url="http://127.0.0.1:1"))
 
 
+@pytest.mark.slow
 def test_a_profile_lies_beside_its_checkpoint_and_limits_are_kept_by_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,6 +176,7 @@ def test_the_size_of_a_correction_is_that_of_its_product() -> None:
     assert correction_scores(banks) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_architecture_is_measured_with_random_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shape = tmp_path / "tiny.yaml"
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
