@@ -1,9 +1,21 @@
 """Token ids into text, piece by piece: whole characters only, and nothing of a stop string."""
 
+import collections
+import re
 from collections.abc import Callable, Sequence
+from typing import Any
+
+from serve.request import TokenLogprobs
 
 REPLACEMENT = "\ufffd"
 """What a decoder puts in place of bytes that are not (yet) a character."""
+
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
+_VISIBLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_BYTE_OF = {chr(byte): byte for byte in _VISIBLE} | {
+    chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*_VISIBLE}))
+}
+"""GPT-2's alphabet, in which the vocabularies of byte-level tokenizers are written: other bytes from U+0100 on."""
 
 _CONTEXT_TOKENS = 6
 _MAX_UNSETTLED = 32
@@ -80,6 +92,43 @@ class StopMatcher:
         """Give what was held back, at the end of an answer that met no stop string."""
         held, self._held = self._held, ""
         return held
+
+
+class LogprobsHolder:
+    """Keeps what is known of tokens until the first character of each is shown; what never is, is dropped."""
+
+    def __init__(self) -> None:
+        self._held: collections.deque[TokenLogprobs] = collections.deque()
+        self._shown = 0
+
+    def push(self, entry: TokenLogprobs) -> None:
+        """Add the next token."""
+        self._held.append(entry)
+
+    def take(self, text: str, *, rest: bool) -> tuple[TokenLogprobs, ...]:
+        """Say what text is shown next; give the tokens that begin in it, and with `rest` all others as well."""
+        self._shown += len(text)
+        taken = []
+        while self._held and (rest or self._held[0].offset < self._shown):
+            taken.append(self._held.popleft())
+        return tuple(taken)
+
+
+def token_bytes(tokenizer: Any, token: int) -> bytes:
+    """Give the bytes that a token stands for, a part of a character if so; special tokens by their names.
+
+    `tokenizer` is one of the `tokenizers` package. Ids it does not know, which pad some vocabularies, give none.
+    """
+    piece = tokenizer.id_to_token(token)
+    if piece is None:
+        return b""
+    if byte := _BYTE.fullmatch(piece):
+        return bytes([int(byte[1], 16)])
+    text = tokenizer.decode([token], skip_special_tokens=False)
+    if REPLACEMENT in text and all(character in _BYTE_OF for character in piece):
+        return bytes(_BYTE_OF[character] for character in piece)
+    # A decoder takes the space of what stands first.
+    return (" " + text if piece.startswith("\u2581") and not text.startswith(" ") else text).encode()
 
 
 def _overlap(text: str, stop: str) -> int:

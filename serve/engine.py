@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from serve.detokenize import Detokenizer, StopMatcher
+from serve.detokenize import Detokenizer, LogprobsHolder, StopMatcher
 from serve.metrics import Metrics
-from serve.request import FinishReason, Output, Request, SamplingParams
+from serve.request import FinishReason, Output, Request, SamplingParams, TokenLogprobs
+from serve.sampling import Logprobs
 from serve.slots import SlotScheduler, Step
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,10 @@ class StepRunner(Protocol):
         """Give the next token of every active slot [S]."""
         ...
 
+    def logprobs(self, wanted: np.ndarray) -> Logprobs:
+        """Judge the last token of every wanted slot [S], as the call before gave it."""
+        ...
+
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class _Live:
@@ -55,6 +61,8 @@ class _Live:
     request: Request
     detokenizer: Detokenizer
     stops: StopMatcher
+    logprobs: LogprobsHolder = dataclasses.field(default_factory=LogprobsHolder)
+    characters: int = 0  # of all text that is certain, held back or not
     generated: int = 0
     uncompensated: int = 0  # prompt tokens that went without some compensators
     first_token: float = 0.0
@@ -64,14 +72,15 @@ class _Live:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Call:
-    """A device call whose tokens have not been looked at: `rows` says whose token stands where.
+    """A device call whose tokens have not been looked at: one for each slot, or one alone; `rows` says whose they are.
 
     `predicted` is what the iteration that it ends was to take, where the device went from the one before straight to
     it; else 0.
     """
 
     token: ArrayLike
-    rows: list[tuple[Request, int | tuple[()]]]
+    rows: list[tuple[Request, int]]
+    logprobs: Logprobs | None = None
     ends: bool = True
     predicted: float = 0.0
 
@@ -196,12 +205,9 @@ class Engine:
             if chunk.level:
                 self._live[request].uncompensated += chunk.length
                 self._metrics.uncompensated.inc(chunk.length)
-            calls.append(_Call(token=token, rows=[(request, ())] if chunk.last else [], ends=False))
-        rows: list[tuple[Request, int | tuple[()]]] = [
-            (request, slot) for request, slot in self._scheduler.decoding.items() if step.run[slot]
-        ]
-        if rows:
-            calls.append(_Call(token=self._runner.decode(step.run), rows=rows))
+            calls.append(self._call(token, [(request, chunk.slot)] if chunk.last else []))
+        if rows := [(request, slot) for request, slot in self._scheduler.decoding.items() if step.run[slot]]:
+            calls.append(self._call(self._runner.decode(step.run), rows))
         if calls:
             predicted = step.predicted if self._in_flight else 0.0
             calls[-1] = dataclasses.replace(calls[-1], ends=True, predicted=predicted)
@@ -209,9 +215,17 @@ class Engine:
         self._metrics.skipped.inc(step.skipped)
         return bool(calls)
 
+    def _call(self, token: ArrayLike, rows: list[tuple[Request, int]]) -> _Call:
+        """Note what was just handed to the device, and ask for the log-probabilities that somebody wants of it."""
+        wanted = np.zeros(self._runner.slots, bool)
+        wanted[[slot for request, slot in rows if request.params.logprobs is not None]] = True
+        logprobs = self._runner.logprobs(wanted) if wanted.any() else None
+        return _Call(token=token, rows=rows, logprobs=logprobs, ends=False)
+
     def _settle(self, call: _Call) -> None:
         """Wait for a call's tokens and pass on the text they give."""
         tokens = np.asarray(call.token)
+        logprobs: Logprobs | None = call.logprobs and jax.device_get(call.logprobs)
         now = time.monotonic()
         if call.ends:
             if call.predicted and self._scheduler.timing is not None:
@@ -219,15 +233,19 @@ class Engine:
                 drift.observe(predicted=call.predicted, observed=now - self._last_end)
                 self._metrics.drift.set(drift.factor)
             self._last_end = now
-        for request, row in call.rows:
+        for request, slot in call.rows:
             live = self._live.get(request)
             if live is not None:
-                self._advance(live, int(tokens[row]), now)
+                token = int(tokens[slot] if tokens.ndim else tokens)
+                entry = None
+                if logprobs is not None and (count := request.params.logprobs) is not None:
+                    entry = logprobs.of(slot, token=token, count=count, offset=live.characters)
+                self._advance(live, token, entry, now)
         if self._outputs:
             outputs, self._outputs = self._outputs, []
             self._deliver(outputs)
 
-    def _advance(self, live: _Live, token: int, now: float) -> None:
+    def _advance(self, live: _Live, token: int, entry: TokenLogprobs | None, now: float) -> None:
         request, metrics = live.request, self._metrics
         live.generated += 1
         metrics.generation_tokens.inc()
@@ -240,11 +258,15 @@ class Engine:
             metrics.itl.observe(now - live.last_token)
         live.last_token = now
         reason: FinishReason | None = None
-        text = ""
+        text, stopped = "", False
         if token in request.params.stop_token_ids:
             reason = "stop"
         else:
-            text, stopped = live.stops.push(live.detokenizer.push(token))
+            if entry is not None:
+                live.logprobs.push(entry)
+            fresh = live.detokenizer.push(token)
+            live.characters += len(fresh)
+            text, stopped = live.stops.push(fresh)
             if stopped:
                 reason = "stop"
             elif live.generated == request.params.max_tokens:
@@ -252,8 +274,14 @@ class Engine:
         if reason is not None:
             text += live.stops.flush()
             self._finish(live, reason)
-        dropped = 0 if reason is None else live.uncompensated
-        self._outputs.append((request, Output(text=text, tokens=1, finish_reason=reason, uncompensated=dropped)))
+        output = Output(
+            text=text,
+            tokens=1,
+            finish_reason=reason,
+            uncompensated=0 if reason is None else live.uncompensated,
+            logprobs=live.logprobs.take(text, rest=reason is not None and not stopped),
+        )
+        self._outputs.append((request, output))
 
     def _finish(self, live: _Live, reason: FinishReason) -> None:
         request, metrics = live.request, self._metrics

@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import dataclasses
+import functools
 import itertools
 import secrets
 import time
@@ -10,6 +11,7 @@ import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
+from serve.detokenize import token_bytes
 from serve.engine import Engine
 from serve.metrics import Metrics
 from serve.request import (
@@ -113,6 +115,7 @@ class Gateway:
         self.admission = admission
         self.draining = False
         self.model: ModelInfo | None = None
+        self.token_bytes = functools.cache(self._token_bytes)
         self.engine: Engine | None = None
         self.metrics: Metrics | None = None
         self._queues: dict[Request, asyncio.Queue[tuple[Request, Output]]] = {}
@@ -240,6 +243,9 @@ class Gateway:
         if len(ids) >= self._model.context:
             raise ContextLengthError(len(ids), self._model.context, param)
         return ids
+
+    def _token_bytes(self, token: int) -> bytes:
+        return token_bytes(self._model.tokenizer.backend_tokenizer, token)
 
     def requests(
         self, ticket: Ticket, body: CommonBody, prompts: Sequence[tuple[int, ...]], headers: Mapping[str, str]

@@ -21,6 +21,7 @@ from serve.request import (
     Output,
     QueueFullError,
     ShuttingDownError,
+    TokenLogprobs,
     UnattainableError,
 )
 from serve.schema import ChatBody, CommonBody, CompletionBody
@@ -31,6 +32,7 @@ _DISCARDED_BYTES = 64 * 2**20
 """How much of a body that is too large is read before the connection is closed."""
 
 type Prompts = list[tuple[int, ...]]
+type Logprobs = Sequence[TokenLogprobs]
 
 
 class EngineError(RuntimeError):
@@ -53,12 +55,13 @@ def create_app(gateway: Gateway, *, max_body_bytes: int) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
-        return await _answer(gateway, request, body, _Chat(body), 1, lambda: gateway.chat_prompt(body))
+        return await _answer(gateway, request, body, _Chat(body, gateway), 1, lambda: gateway.chat_prompt(body))
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         prompts = len(body.prompts())
-        return await _answer(gateway, request, body, _Text(body), prompts, lambda: gateway.completion_prompts(body))
+        shape = _Text(body, gateway)
+        return await _answer(gateway, request, body, shape, prompts, lambda: gateway.completion_prompts(body))
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -166,15 +169,17 @@ async def _unless_disconnected(request: Request, answer: Awaitable[Response]) ->
 
 async def _collect(ticket: Ticket, shape: "_Shape") -> Response:
     texts, reasons = [""] * len(ticket.requests), ["stop"] * len(ticket.requests)
+    logprobs: list[list[TokenLogprobs]] = [[] for _ in ticket.requests]
     tokens = uncompensated = 0
     async for index, output in ticket.outputs():
         if output.error is not None:
             raise EngineError(output)
         texts[index] += output.text
+        logprobs[index].extend(output.logprobs)
         tokens += output.tokens
         uncompensated += output.uncompensated
         reasons[index] = output.finish_reason or reasons[index]
-    choices = [shape.whole(i, text, reason) for i, (text, reason) in enumerate(zip(texts, reasons, strict=True))]
+    choices = [shape.whole(i, *parts) for i, parts in enumerate(zip(texts, reasons, logprobs, strict=True))]
     head = {
         "id": shape.prefix + ticket.id,
         "object": shape.whole_object,
@@ -204,7 +209,7 @@ async def _events(ticket: Ticket, shape: "_Shape", *, include_usage: bool) -> As
             return
         tokens += output.tokens
         uncompensated += output.uncompensated
-        pieces = shape.pieces(index, output.text, output.finish_reason)
+        pieces = shape.pieces(index, output.text, output.finish_reason, output.logprobs)
         if pieces:
             yield b"".join(_event(head | {"choices": [piece]} | tail) for piece in pieces)
     if include_usage:
@@ -259,16 +264,26 @@ class _EventStream(Response):
 
 
 class _Shape:
-    """How one endpoint lays out its answers."""
+    """How one endpoint lays out its answers; log-probabilities are None in what was not asked for them."""
 
     prefix: str
     whole_object: str
     piece_object: str
 
-    def __init__(self, body: CommonBody):
+    def __init__(self, body: CommonBody, gateway: Gateway):
         self.model = body.model
+        self._asked = body.requested_logprobs() is not None
+        self._token_bytes = gateway.token_bytes
 
-    def whole(self, index: int, text: str, reason: str) -> dict[str, Any]:
+    def _name(self, token: int) -> str:
+        """Give the text of a token; a part of a character is told by its bytes, as OpenAI does."""
+        data = self._token_bytes(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def whole(self, index: int, text: str, reason: str, logprobs: Logprobs) -> dict[str, Any]:
         """Give the choice of an answer in one piece."""
         raise NotImplementedError
 
@@ -276,7 +291,7 @@ class _Shape:
         """Give the choice that opens a stream, if there is one."""
         raise NotImplementedError
 
-    def pieces(self, index: int, text: str, reason: str | None) -> Sequence[dict[str, Any]]:
+    def pieces(self, index: int, text: str, reason: str | None, logprobs: Logprobs) -> Sequence[dict[str, Any]]:
         """Give the choices that carry new text and the end of an answer."""
         raise NotImplementedError
 
@@ -284,16 +299,26 @@ class _Shape:
 class _Chat(_Shape):
     prefix, whole_object, piece_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def whole(self, index: int, text: str, reason: str) -> dict[str, Any]:
+    def whole(self, index: int, text: str, reason: str, logprobs: Logprobs) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+        return {"index": index, "message": message, "logprobs": self._told(logprobs), "finish_reason": reason}
 
     def opening(self, index: int) -> dict[str, Any] | None:
         return _delta(index, {"role": "assistant", "content": ""}, None)
 
-    def pieces(self, index: int, text: str, reason: str | None) -> Sequence[dict[str, Any]]:
-        pieces = [_delta(index, {"content": text}, None)] if text else []
+    def pieces(self, index: int, text: str, reason: str | None, logprobs: Logprobs) -> Sequence[dict[str, Any]]:
+        told = self._told(logprobs)
+        pieces = [_delta(index, {"content": text}, None) | {"logprobs": told}] if text or logprobs else []
         return pieces if reason is None else [*pieces, _delta(index, {}, reason)]
+
+    def _told(self, logprobs: Logprobs) -> dict[str, Any] | None:
+        def told(token: int, logprob: float) -> dict[str, Any]:
+            return {"token": self._name(token), "logprob": logprob, "bytes": [*self._token_bytes(token)]}
+
+        if not self._asked:
+            return None
+        content = [told(e.token, e.logprob) | {"top_logprobs": [told(*pair) for pair in e.top]} for e in logprobs]
+        return {"content": content, "refusal": None}
 
 
 def _delta(index: int, delta: dict[str, str], reason: str | None) -> dict[str, Any]:
@@ -303,14 +328,30 @@ def _delta(index: int, delta: dict[str, str], reason: str | None) -> dict[str, A
 class _Text(_Shape):
     prefix, whole_object, piece_object = "cmpl-", "text_completion", "text_completion"
 
-    def whole(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+    def whole(self, index: int, text: str, reason: str | None, logprobs: Logprobs) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": self._told(logprobs), "finish_reason": reason}
 
     def opening(self, index: int) -> dict[str, Any] | None:
         return None
 
-    def pieces(self, index: int, text: str, reason: str | None) -> Sequence[dict[str, Any]]:
-        return [self.whole(index, text, reason)] if text or reason else []
+    def pieces(self, index: int, text: str, reason: str | None, logprobs: Logprobs) -> Sequence[dict[str, Any]]:
+        return [self.whole(index, text, reason, logprobs)] if text or reason or logprobs else []
+
+    def _told(self, logprobs: Logprobs) -> dict[str, Any] | None:
+        """Lay them out side by side; the token itself is among the likeliest, whether it is one or not."""
+        if not self._asked:
+            return None
+        likeliest: list[dict[str, float]] = []
+        for e in logprobs:
+            likeliest.append({})
+            for token, logprob in (*e.top, (e.token, e.logprob)):
+                likeliest[-1].setdefault(self._name(token), logprob)
+        return {
+            "tokens": [self._name(e.token) for e in logprobs],
+            "token_logprobs": [e.logprob for e in logprobs],
+            "top_logprobs": likeliest,
+            "text_offset": [e.offset for e in logprobs],
+        }
 
 
 def _names(gateway: Gateway) -> tuple[str, ...]:

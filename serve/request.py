@@ -42,6 +42,9 @@ class EngineDeadError(RuntimeError):
 MAX_BIASES = 64
 """Tokens that one request may have in its `logit_bias`: so many are kept for each slot."""
 
+MAX_LOGPROBS = 20
+"""Likeliest tokens that can be asked for in the place of each one."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -51,7 +54,7 @@ class SamplingParams:
     multiplied), those of tokens in the answer by `frequency_penalty` for each time and `presence_penalty` once, and
     `logit_bias` is added. Then the filters apply in the order temperature, `min_p`, `top_k`, `top_p`; `temperature` 0
     is greedy and ignores them, `top_k` 0 keeps all. The same `seed` and prompt give the same tokens whatever else is
-    being served.
+    being served. With `logprobs` each token comes with its log-probability and those of so many of the likeliest.
 
     Raises:
         BadParameterError: A value lies outside its range; names the OpenAI field.
@@ -69,6 +72,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         check_range("temperature", self.temperature, low=0.0, high=2.0)
@@ -86,6 +90,7 @@ class SamplingParams:
             )
         check_range("max_tokens", self.max_tokens, low=1, high=2**31 - 1)
         check_range("seed", self.seed, low=-(2**63), high=2**63 - 1)
+        check_range("logprobs", self.logprobs or 0, low=0, high=MAX_LOGPROBS)
         if not all(self.stop):
             raise BadParameterError("stop must not hold an empty string", param="stop")
 
@@ -108,17 +113,32 @@ def check_range(param: str, value: float, *, low: float, high: float, open_low: 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenLogprobs:
+    """A token of an answer, its log-probability, those of the likeliest in its place, and where its text begins.
+
+    `top` has pairs of token and log-probability, likeliest first; `offset` counts characters of the answer.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    offset: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Output:
     """A piece of an answer: new text, how many tokens it stands for, and on the last piece why it ended.
 
     `tokens` counts generated tokens including a stop token that has no text; `uncompensated`, on the last piece, prompt
     tokens that went without some of the error compensators. `error` is set when `finish_reason` is `error` or `abort`;
-    `retry_after`, in seconds, when that is because the request's limits cannot be kept now.
+    `retry_after`, in seconds, when that is because the request's limits cannot be kept now. `logprobs`, if asked for,
+    are of the tokens whose text begins in this piece; on the last piece also of those that have no text.
     """
 
     text: str = ""
     tokens: int = 0
     uncompensated: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
     retry_after: float | None = None

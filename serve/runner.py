@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Int
 from pallas_kernels.peer_reduce import empty_inbox
 from serve.cache import Cache, KVCache, allocate, batch_attend, last_position, slot_attend
 from serve.request import SamplingParams
-from serve.sampling import SamplingState, likeliest, sample, with_prompt
+from serve.sampling import Logprobs, SamplingState, likeliest, log_probabilities, sample, with_prompt
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.quantize import weight_bytes
 from spear_jax.nn.row_parallel import MOST_ROWS, PeerCache
@@ -34,12 +34,13 @@ type Logits = Callable[[Decoder, Array], Array]
 class DeviceState:
     """What a step reads and replaces, donated each time.
 
-    `token` [S] is the last token of each slot, not yet in the cache; `length` [S] counts those that are; `history`
-    [S, V] is what penalties go by.
+    `token` [S] is the last token of each slot, not yet in the cache; `hidden` [S, D] is what the last step chose it
+    from; `length` [S] counts those in the cache; `history` [S, V] is what penalties go by.
     """
 
     cache: Cache | tuple[Cache, ...] | PeerCache
     token: Any
+    hidden: Any
     length: Any
     sampling: SamplingState
     history: Any
@@ -51,6 +52,8 @@ class Runner:
     Calls return at once with device arrays. The model's arrays are flattened once: flattening the module tree on every
     call would cost more Python than the rest of a step. A lone request decodes in a program of its own that reads one
     slot; otherwise all S slots run, so what a request gets does not depend on which others are there.
+
+    What log-probabilities need, a second look at the head, is a program of its own: who does not ask pays nothing.
 
     With `greedy_program` steps in which all are greedy run in a program that has no branch for it: on a GPU launches
     follow one another without the host waiting for the device's choice. `steps_per_call` steps of decoding run in one
@@ -96,6 +99,8 @@ class Runner:
         self._decode_all = compiled(_repeated(decode_step, steps_per_call))
         self._decode_greedy = compiled(_repeated(greedy_step, steps_per_call)) if greedy_program else None
         self._decode_one = compiled(_decode_one) if lone_program and slots > 1 else None
+        self._logprobs_all = compiled(all_logprobs)
+        self._logprobs_one = compiled(_one_logprobs) if lone_program and slots > 1 else None
         self._special = np.zeros(slots, bool)
         self._active = np.ones(slots, bool), self._everywhere(np.ones(slots, bool))
         self._lighter = [self._with_compensators(model, names, jit) for names in kept[1:]]
@@ -103,8 +108,8 @@ class Runner:
     @property
     def num_programs(self) -> int:
         """How many programs `warm_up` compiles."""
-        others = (self._decode_one is not None) + (self._decode_greedy is not None)
-        return len(self.buckets) + len(self._lighter) + 1 + others
+        others = (self._decode_one, self._logprobs_one, self._decode_greedy)
+        return len(self.buckets) + len(self._lighter) + 2 + sum(program is not None for program in others)
 
     @property
     def in_pages(self) -> bool:
@@ -173,6 +178,14 @@ class Runner:
         token, self._state = program(self._leaves, self._state, self._active[1])
         return token
 
+    def logprobs(self, wanted: Bool[np.ndarray, " S"]) -> Logprobs:
+        """Judge the tokens that the wanted slots got last, and the likeliest there; other entries mean nothing."""
+        if self._logprobs_one is not None and wanted.sum() == 1:
+            found, self._state = self._logprobs_one(self._leaves, self._state, np.int32(wanted.argmax()))
+        else:
+            found, self._state = self._logprobs_all(self._leaves, self._state)
+        return found
+
     def check(self) -> None:
         """Wait for the steps that run, and raise where a device was lost.
 
@@ -204,9 +217,11 @@ class Runner:
             add_prefill(f" with compensators {level}", program, leaves, self.buckets[0])
         if self._decode_one is not None:
             programs.append(("decode 1", self._decode_one, self._leaves, (np.int32(0),)))
+            programs.append(("logprobs 1", self._logprobs_one, self._leaves, (np.int32(0),)))
         if self._decode_greedy is not None:
             programs.append((f"greedy {self.slots}", self._decode_greedy, self._leaves, (self._active[1],)))
         programs.append((f"decode {self.slots}", self._decode_all, self._leaves, (self._active[1],)))
+        programs.append((f"logprobs {self.slots}", self._logprobs_all, self._leaves, ()))
 
         def shapes(arrays: Any) -> Any:
             return jax.tree.map(
@@ -225,8 +240,8 @@ class Runner:
                 wait(pending)
             for (name, program, leaves, args), compiled in zip(programs, pending, strict=True):
                 compiled.result()
-                token, self._state = program(leaves, self._state, *args)
-                token.block_until_ready()
+                result, self._state = program(leaves, self._state, *args)
+                jax.block_until_ready(result)
                 yield name
 
 
@@ -247,6 +262,7 @@ def empty_state(model: Decoder, *, slots: int, context: int, padding: int, devic
     return DeviceState(
         cache=cache,
         token=jnp.zeros(slots, jnp.int32),
+        hidden=jnp.zeros((slots, model.config.hidden_size), model.dtype),
         length=jnp.zeros(slots, jnp.int32),
         sampling=jax.tree.map(jnp.asarray, SamplingState.of([greedy] * slots)),
         history=jnp.zeros((slots, model.config.vocab_size), jnp.int32),
@@ -274,7 +290,7 @@ def _committed(arrays: Any) -> Any:
 
 def _jit(
     tree: Any,
-    step: Callable[..., tuple[Array, DeviceState]],
+    step: Callable[..., tuple[Any, DeviceState]],
     *,
     logits: Logits,
     options: Mapping[str, str] | None = None,
@@ -282,7 +298,7 @@ def _jit(
 ) -> Any:
     """Compile `step(model, logits, state, ...)` as a function of the model's arrays, with the state donated."""
 
-    def of_arrays(leaves: list[Array], state: DeviceState, *args: Any) -> tuple[Array, DeviceState]:
+    def of_arrays(leaves: list[Array], state: DeviceState, *args: Any) -> tuple[Any, DeviceState]:
         return step(jax.tree.unflatten(tree, leaves), logits, state, *args)
 
     run: Callable[..., Any] = functools.wraps(step)(of_arrays)
@@ -308,15 +324,16 @@ def prefill_step(
     hidden, cache = model(tokens, positions, attend=slot_attend(slot, positions), cache=state.cache)
     end = start + length
     history = with_prompt(state.history[slot], tokens[0], length, first=start == 0)
+    final = jax.lax.dynamic_index_in_dim(hidden, length - 1, axis=1, keepdims=False)
 
     def first_token() -> Int[Array, "1"]:
-        final = jax.lax.dynamic_index_in_dim(hidden, length - 1, axis=1, keepdims=False)
         return sample(logits(model, final), params, end[None], history[None])
 
     token = jax.lax.cond(last > 0, first_token, lambda: jnp.zeros(1, jnp.int32))
     return token[0], DeviceState(
         cache=cache,
         token=state.token.at[slot].set(token[0]),
+        hidden=state.hidden.at[slot].set(final[0]),
         length=state.length.at[slot].set(end),
         sampling=jax.tree.map(lambda old, new: old.at[slot].set(new[0]), state.sampling, params),
         history=state.history.at[slot].set(history.at[token[0]].add(last)),
@@ -355,7 +372,22 @@ def _step(
     )
     drawn = choose(logits(model, hidden[:, 0]), positions + 1)
     token = jnp.where(active, drawn, state.token)
-    return token, dataclasses.replace(state, cache=cache, token=token, length=state.length + active.astype(jnp.int32))
+    return token, dataclasses.replace(
+        state, cache=cache, token=token, hidden=hidden[:, 0], length=state.length + active.astype(jnp.int32)
+    )
+
+
+def all_logprobs(model: Decoder, logits: Logits, state: DeviceState) -> tuple[Logprobs, DeviceState]:
+    """Judge the last token of every slot; entries of slots without one from the last step mean nothing."""
+    return log_probabilities(logits(model, state.hidden), state.token), state
+
+
+def _one_logprobs(
+    model: Decoder, logits: Logits, state: DeviceState, slot: Int[Array, ""]
+) -> tuple[Logprobs, DeviceState]:
+    one = log_probabilities(logits(model, state.hidden[slot][None]), state.token[slot][None])
+    slots = state.token.shape[0]
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (slots, *leaf.shape[1:])), one), state
 
 
 def _repeated(step: Callable[..., tuple[Array, DeviceState]], count: int) -> Callable[..., tuple[Array, DeviceState]]:
@@ -383,6 +415,7 @@ def _decode_one(
         state,
         cache=cache,
         token=state.token.at[slot].set(drawn),
+        hidden=state.hidden.at[slot].set(hidden[0, 0]),
         length=state.length.at[slot].add(1),
         history=state.history.at[slot, drawn].add(1),
     )

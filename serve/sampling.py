@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from serve.request import MAX_BIASES, SamplingParams
+from serve.request import MAX_BIASES, MAX_LOGPROBS, SamplingParams, TokenLogprobs
 
 _BLOCK = 256
 """Vocabulary entries summed at once when drawing: two short cumulative sums instead of one long one."""
@@ -80,6 +80,37 @@ class SamplingState:
             repetition=jnp.where(active, self.repetition, 1.0),
             bias=jnp.where(active[:, None], self.bias, 0.0),
         )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Logprobs:
+    """Logarithms of probabilities for B slots: float32 `chosen` [B] of their tokens, and the highest there were.
+
+    Those are float32 `top` [B, MAX_LOGPROBS], falling, of the int32 tokens `token` [B, MAX_LOGPROBS].
+    """
+
+    chosen: Any
+    top: Any
+    token: Any
+
+    def of(self, slot: int, *, token: int, count: int, offset: int) -> TokenLogprobs:
+        """Give what a slot's request is told of its token, from numpy arrays.
+
+        As from OpenAI -9999 stands for all that is less likely, 0 included, which has no logarithm in JSON.
+        """
+        told = np.fmax(np.stack([self.chosen[slot], *self.top[slot, :count]]), -9999.0).tolist()
+        pairs = zip(self.token[slot, :count].tolist(), told[1:], strict=True)
+        return TokenLogprobs(token=token, logprob=told[0], top=tuple(pairs), offset=offset)
+
+
+def log_probabilities(logits: Float[Array, "B V"], chosen: Int[Array, " B"]) -> Logprobs:
+    """Judge the tokens that were chosen, and the likeliest, by the model's own logits: without penalties and biases."""
+    with jax.named_scope("logprobs"):
+        top, token = jax.lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+        total = jax.nn.logsumexp(logits, axis=-1)
+        own = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
+        return Logprobs(chosen=own - total, top=top - total[:, None], token=token)
 
 
 def likeliest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, StringConstraints
 
-from serve.request import UNBOUNDED, BadParameterError, SamplingParams, Slo, check_range
+from serve.request import MAX_LOGPROBS, UNBOUNDED, BadParameterError, SamplingParams, Slo, check_range
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of `max_tokens` in text completions; chat answers run to the end of the context."""
@@ -18,6 +18,7 @@ _SLO_HEADERS = {
     TPOT_KEY: (TPOT_KEY, "x-llm-d-slo-tpot-ms"),
 }
 
+_MAX_COMPLETION_LOGPROBS = 5
 _MAX_STOPS = 16
 _MAX_N = 16
 
@@ -41,8 +42,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
     "response_format": (None, {"type": "text"}),
-    "logprobs": (None, False),
-    "top_logprobs": (None,),
     "best_of": (None, 1),
     "echo": (None, False),
     "suffix": (None, ""),
@@ -137,6 +136,14 @@ class CommonBody(BaseModel):
         """Give the limit on generated tokens that the client set, or None."""
         return self.max_tokens
 
+    def requested_logprobs(self) -> int | None:
+        """Give how many likeliest tokens are to be told in the place of each, or None if not even its own probability.
+
+        Raises:
+            BadParameterError: It is out of range.
+        """
+        raise NotImplementedError
+
     def limits(self, headers: Mapping[str, str], *, default: Slo) -> Slo:
         """Give the limits on time that the body or else the headers ask for, and where they do not, the server's own.
 
@@ -189,6 +196,7 @@ class CommonBody(BaseModel):
             frequency_penalty=self.frequency_penalty or 0.0,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             logit_bias=self.biases(vocab_size=vocab_size),
+            logprobs=self.requested_logprobs(),
             stop=self.stops,
             stop_token_ids=frozenset(() if self.ignore_eos else eos_ids) | frozenset(self.stop_token_ids or ()),
         )
@@ -212,6 +220,7 @@ class CompletionBody(CommonBody):
     """Body of `POST /v1/completions`: one prompt or several, as text or token ids."""
 
     prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]]
+    logprobs: Annotated[int, Field(strict=True)] | None = None
 
     def prompts(self) -> list[str | list[int]]:
         """Give the prompts one by one.
@@ -231,6 +240,11 @@ class CompletionBody(CommonBody):
     def requested_tokens(self) -> int:
         """Give the limit on generated tokens: OpenAI's default of 16 unless set."""
         return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+
+    def requested_logprobs(self) -> int | None:
+        """Give how many likeliest tokens are to be told; raises as `CommonBody` says."""
+        check_range("logprobs", self.logprobs or 0, low=0, high=_MAX_COMPLETION_LOGPROBS)
+        return self.logprobs
 
 
 class TextPart(BaseModel):
@@ -259,7 +273,17 @@ class ChatBody(CommonBody):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(strict=True)] | None = None
+    logprobs: Annotated[bool, Field(strict=True)] | None = None
+    top_logprobs: Annotated[int, Field(strict=True)] | None = None
 
     def requested_tokens(self) -> int | None:
         """Give the limit on generated tokens that the client set, or None for the rest of the context."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def requested_logprobs(self) -> int | None:
+        """Give how many likeliest tokens are to be told; raises as `CommonBody` says, or if told only of those."""
+        count = self.top_logprobs or 0
+        check_range("top_logprobs", count, low=0, high=MAX_LOGPROBS)
+        if count and not self.logprobs:
+            raise BadParameterError("top_logprobs is only allowed when logprobs is true", param="top_logprobs")
+        return count if self.logprobs else None

@@ -65,6 +65,7 @@ def main() -> None:
             "decode": (runner.decode_step, active),
             "greedy": (runner.greedy_step, active),
             "prefill": (runner.prefill_step, chunk),
+            "logprobs": (runner.all_logprobs, ()),
         }
         for name, (step, arguments) in programs.items():
             options = command_buffer_options("whole")

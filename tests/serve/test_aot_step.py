@@ -38,7 +38,7 @@ def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return json.loads(done.stdout) | {"rows": request.param}
 
 
-@pytest.mark.parametrize("program", ["decode", "greedy", "prefill"])
+@pytest.mark.parametrize("program", ["decode", "greedy", "prefill", "logprobs"])
 def test_the_cache_is_written_where_it_is(reports, program: str):
     report = reports[program]
     assert report["aliased_bytes"] >= report["cache_bytes"]

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from serve.detokenize import REPLACEMENT, Detokenizer, StopMatcher
+from serve.detokenize import REPLACEMENT, Detokenizer, LogprobsHolder, StopMatcher, token_bytes
+from serve.request import TokenLogprobs
 
 TEXTS = st.text(
     st.one_of(st.characters(codec="utf-8", exclude_characters=REPLACEMENT), st.sampled_from("你好👩‍👩‍👧é ▁\n"))
@@ -111,6 +112,32 @@ def test_endless_garbage_stays_cheap() -> None:
     shown = "".join(deltas(decode, [broken] * 500))
     assert longest < 50
     assert len(shown) > 300
+
+
+@TOKENIZERS
+@given(text=TEXTS)
+def test_the_bytes_of_tokens_joined_are_the_text(make: Callable[[], Tokenizer], text: str) -> None:
+    tokenizer = make()
+    told = b"".join(token_bytes(tokenizer, token) for token in tokenizer.encode(text).ids)
+    assert told == (text.replace("▁", " ") if make is byte_fallback else text).encode()
+    assert token_bytes(tokenizer, 10**6) == b""
+
+
+@given(pieces=st.lists(st.text("ab", max_size=3), max_size=8), shown=st.lists(st.integers(0, 3), max_size=8))
+def test_what_is_known_of_a_token_is_given_with_its_first_character(pieces: list[str], shown: list[int]) -> None:
+    holder, text = LogprobsHolder(), "".join(pieces)
+    for i in range(len(pieces)):
+        holder.push(TokenLogprobs(token=i, logprob=0.0, top=(), offset=len("".join(pieces[:i]))))
+    given: list[int] = []
+    at = 0
+    for length in shown:
+        part = text[at : at + length]
+        entries = holder.take(part, rest=False)
+        assert all(at <= entry.offset < at + len(part) for entry in entries)
+        at += len(part)
+        given += [entry.token for entry in entries]
+    assert given == [i for i in range(len(pieces)) if len("".join(pieces[:i])) < at]
+    assert given + [entry.token for entry in holder.take("", rest=True)] == [*range(len(pieces))]
 
 
 STOPS = st.lists(st.text("ab", min_size=1, max_size=4), max_size=3)

@@ -15,7 +15,8 @@ from serve.engine import Engine
 from serve.gateway import Gateway, Ticket
 from serve.latency import make_table
 from serve.metrics import Metrics
-from serve.request import Admission, Output, Request, SamplingParams, Slo, UnattainableError
+from serve.request import Admission, Output, Request, SamplingParams, Slo, TokenLogprobs, UnattainableError
+from serve.sampling import Logprobs
 from serve.slots import SlotScheduler, Timing
 
 SLOTS = 2
@@ -32,6 +33,7 @@ class CountingRunner:
         self.step_seconds = 0.0
         self.decoded: list[tuple[int, ...]] = []
         self.levels: list[int] = []
+        self.judged: list[tuple[int, ...]] = []
 
     def prefill(
         self,
@@ -57,6 +59,12 @@ class CountingRunner:
         self.decoded.append(tuple(np.flatnonzero(active).tolist()))
         self.last[active] += 1
         return self.last.copy()
+
+    def logprobs(self, wanted: np.ndarray) -> Logprobs:
+        """Token t has log-probability -t, and tokens t+100, t+99, ... are the likeliest."""
+        self.judged.append(tuple(np.flatnonzero(wanted).tolist()))
+        top = self.last[:, None] + 100 - np.arange(20)
+        return Logprobs(chosen=-self.last.astype(np.float32), top=-np.arange(20.0) + np.zeros((SLOTS, 1)), token=top)
 
 
 class Bench:
@@ -120,6 +128,39 @@ def test_answers_end_by_length_stop_token_and_stop_string(bench: Bench) -> None:
     assert bench.answer("length") == ("[11][12][13]", "length", 3)
     assert bench.answer("token") == ("[21][22]", "stop", 3)
     assert bench.answer("string") == ("[31][32", "stop", 3)
+
+
+def test_log_probabilities_come_with_the_text_of_their_tokens(bench: Bench) -> None:
+    told: dict[str, list[TokenLogprobs]] = {}
+    bench.engine.submit(request("none", 60))
+    bench.answer("none")
+    assert not bench.runner.judged
+    bench.engine.submit(request("length", 10, logprobs=2))
+    bench.engine.submit(request("token", 20, max_tokens=9, stop_token_ids=frozenset({23}), logprobs=0))
+    bench.engine.submit(request("string", 30, max_tokens=9, stop=("[33][3",), logprobs=0))
+    bench.engine.submit(request("cut", 40, max_tokens=9, stop=("3][44",), logprobs=0))
+    for name in ("length", "token", "string", "cut"):
+        bench.answer(name)
+        told[name] = [entry for output in bench.outputs[name] for entry in output.logprobs]
+        shown = 0
+        for output in bench.outputs[name]:
+            assert all(shown <= entry.offset < shown + len(output.text) for entry in output.logprobs)
+            shown += len(output.text)
+    assert {name: [(e.token, e.logprob, e.offset) for e in entries] for name, entries in told.items()} == {
+        "length": [(11, -11, 0), (12, -12, 4), (13, -13, 8)],
+        "token": [(21, -21, 0), (22, -22, 4)],
+        "string": [(31, -31, 0), (32, -32, 4)],
+        "cut": [(41, -41, 0), (42, -42, 4), (43, -43, 8)],
+    }
+    assert [entry.top for entry in told["length"]] == [((t + 100, 0), (t + 99, -1)) for t in (11, 12, 13)]
+    assert not told["token"][0].top
+
+
+def test_improbable_tokens_have_a_number() -> None:
+    found = Logprobs(chosen=np.array([-np.inf]), top=np.array([[-1.0, np.nan]]), token=np.array([[4, 5]], np.int32)).of(
+        0, token=3, count=2, offset=7
+    )
+    assert found == TokenLogprobs(token=3, logprob=-9999.0, top=((4, -1.0), (5, -9999.0)), offset=7)
 
 
 def test_many_requests_share_the_slots_and_all_end(bench: Bench) -> None:

@@ -72,6 +72,11 @@ def generate(runner: Runner, slot: int, prompt: list[int], count: int, *, beside
     return tokens + [int(np.asarray(runner.decode(active))[slot]) for _ in range(count - 1)]
 
 
+@jax.jit
+def logits_of(model: Decoder, tokens: jax.Array) -> jax.Array:
+    return model.logits(model(tokens)[0])
+
+
 def prompt_of(length: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, 96, length).tolist()
 
@@ -86,8 +91,7 @@ def test_greedy_tokens_equal_those_without_a_cache(name: str, layout: str) -> No
     tokens = generate(runner_of(name, layout), 1, prompt, count)
     sequence = np.zeros((1, len(prompt) + count), np.int32)
     sequence[0] = prompt + tokens
-    logits = jax.jit(lambda model, x: model.logits(model(x)[0]))(model, sequence)
-    assert np.asarray(logits)[0, len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
+    assert np.asarray(logits_of(model, sequence))[0, len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -140,7 +144,8 @@ def test_a_program_traces_one_layer_of_all(layout: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Layer, "unsummed", count)
     runner = runner_of("compensated", layout)
-    assert len(traced) == runner.num_programs
+    judging = 2 if layout == "cpu" else 1  # programs of the head alone
+    assert len(traced) == runner.num_programs - judging
 
 
 @pytest.mark.parametrize("committed", [True, False])
@@ -160,7 +165,7 @@ def test_each_program_compiles_once_wherever_the_arrays_come_from(committed: boo
         runner = Runner(model, slots=2, context=64, buckets=(8, 16), lone_program=True)
         list(runner.warm_up())
         start(runner, 1, prompt_of(9))
-        steps = ("prefill_step", "decode_step", "_decode_one")
+        steps = ("prefill_step", "decode_step", "_decode_one", "all_logprobs", "_one_logprobs")
         assert sum(any(step in name for step in steps) for name in compiled) == runner.num_programs
     finally:
         jax.monitoring.clear_event_listeners()
@@ -175,6 +180,7 @@ def test_nothing_compiles_after_warm_up() -> None:
             start(runner, slot, prompt_of(length), SamplingParams(max_tokens=1, temperature=0.5 * slot, top_k=slot))
         for active in ([True, False, False], [False, True, True], [True, True, True]):
             runner.decode(np.array(active)).block_until_ready()
+            jax.block_until_ready(runner.logprobs(np.array(active)))
         assert not compiled
         jax.jit(lambda x: x + 3)(np.float32(2)).block_until_ready()
         assert compiled, "the listener hears nothing, so this test proves nothing"
@@ -206,6 +212,37 @@ def test_steps_that_draw_nothing_take_the_greedy_program(monkeypatch: pytest.Mon
     start(runner, 1, prompt_of(5))
     runner.decode(both)
     assert used[-1] == "_decode_greedy"
+
+
+@pytest.mark.parametrize("name", ["undecided", "compensated"])
+@pytest.mark.parametrize("layout", ["separate", "cpu"])
+def test_log_probabilities_are_those_of_the_model_without_a_cache(name: str, layout: str) -> None:
+    runner, model, prompt = runner_of(name, layout), model_of(name), prompt_of(21, seed=7)
+    drawn = SamplingParams(max_tokens=1, temperature=1.0, seed=3, top_k=9, frequency_penalty=1.0, logprobs=20)
+    start(runner, 2, prompt_of(12, seed=8))
+    for params, others in ((GREEDY, False), (drawn, False), (drawn, True)):
+        tokens, told = [start(runner, 1, prompt, params)], []
+        wanted = np.array([False, True, False])
+        for _ in range(6):
+            # Of one slot, or of it and others.
+            found = runner.logprobs(wanted | others)
+            told.append(jax.device_get(found).of(1, token=tokens[-1], count=20, offset=0))
+            tokens.append(int(np.asarray(runner.decode(np.array([False, True, others])))[1]))
+        sequence = jnp.asarray([prompt + tokens[:5]], jnp.int32)
+        expected = np.asarray(jax.nn.log_softmax(logits_of(model, sequence)[0, -6:]))
+        np.testing.assert_allclose(
+            [entry.logprob for entry in told], expected[np.arange(6), tokens[:6]], rtol=1e-4, atol=1e-4
+        )
+        for entry, row in zip(told, expected, strict=True):
+            likeliest, values = zip(*entry.top, strict=True)
+            assert len(set(likeliest)) == 20
+            np.testing.assert_allclose(values, -np.sort(-row)[:20], rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(row[list(likeliest)], values, rtol=1e-4, atol=1e-4)
+            assert list(values) == sorted(values, reverse=True)
+        if params is GREEDY:
+            assert [entry.logprob for entry in told] == pytest.approx([entry.top[0][1] for entry in told])
+        else:
+            assert any(entry.token != entry.top[0][0] for entry in told) or name != "undecided"
 
 
 @pytest.mark.parametrize("beside", [(), (0, 2)])

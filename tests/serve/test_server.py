@@ -3,6 +3,7 @@
 import concurrent.futures
 import http.client
 import json
+import math
 import signal
 import socket
 import subprocess
@@ -147,6 +148,60 @@ def test_stop_strings_end_the_answer_and_do_not_show(client: openai.OpenAI) -> N
         assert (text, reason) == (full.partition("is Par")[0], "stop")
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.2, "seed": 4}, {"stop": ["is Par"]}])
+def test_log_probabilities_of_chat_answers(client: openai.OpenAI, server: Any, options: dict[str, Any]) -> None:
+    options = {"logprobs": True, "top_logprobs": 20, "max_tokens": 12} | options
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        beside = pool.submit(ask, client, PROMPTS[1], max_tokens=30)
+        choice = ask(client, PROMPTS[0], **options).choices[0]
+        beside.result()
+    content = choice.logprobs.content
+    for entry in content:
+        values = [top.logprob for top in entry.top_logprobs]
+        assert len({bytes(top.bytes) for top in entry.top_logprobs}) == len(values) == 20
+        assert values == sorted(values, reverse=True)
+        assert 0.2 < sum(map(math.exp, values)) <= 1 + 1e-4
+        chosen = [top.logprob for top in entry.top_logprobs if top.token == entry.token]
+        assert chosen == [pytest.approx(entry.logprob, abs=1e-4)] or entry.logprob <= values[-1] + 1e-4
+        if "temperature" not in options:
+            assert entry.logprob == pytest.approx(values[0], abs=1e-4)
+    text = b"".join(bytes(entry.bytes) for entry in content).decode()
+    assert text == choice.message.content + ("is" if "stop" in options else "")
+    chunks = [c.choices[0] for c in ask(client, PROMPTS[0], stream=True, **options)]
+    streamed = [entry for chunk in chunks if chunk.logprobs for entry in chunk.logprobs.content]
+    assert [entry.token for entry in streamed] == [entry.token for entry in content]
+    np.testing.assert_allclose([e.logprob for e in streamed], [e.logprob for e in content], atol=1e-3)
+    assert all(chunk.logprobs is not None for chunk in chunks if chunk.delta.content)
+    assert ask(client, PROMPTS[0], max_tokens=1).choices[0].logprobs is None
+    assert ask(client, PROMPTS[0], max_tokens=1, logprobs=True).choices[0].logprobs.content[0].top_logprobs == []
+    assert server.metric("compilations_after_ready_total") == 0
+
+
+def test_log_probabilities_of_completions(client: openai.OpenAI) -> None:
+    def complete(**options: Any) -> Any:
+        prompts: Any = ["One, two, three,", "Say hello in Chinese: 你"]
+        return client.completions.create(model="demo", prompt=prompts, max_tokens=7, temperature=0, **options)
+
+    whole, streamed = complete(logprobs=3).choices, complete(logprobs=3, stream=True)
+    pieces: list[dict[str, list[Any]]] = [{}, {}]
+    for chunk in streamed:
+        for name, values in chunk.choices[0].logprobs.model_dump().items():
+            pieces[chunk.choices[0].index].setdefault(name, []).extend(values)
+    for choice, piece in zip(whole, pieces, strict=True):
+        told = choice.logprobs
+        assert (told.tokens, told.text_offset) == (piece["tokens"], piece["text_offset"])
+        np.testing.assert_allclose(told.token_logprobs, piece["token_logprobs"], atol=1e-3)
+        assert len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs) <= 7
+        for token, logprob, top, offset in zip(
+            told.tokens, told.token_logprobs, told.top_logprobs, told.text_offset, strict=True
+        ):
+            assert len(top) == 3
+            assert top[token] == pytest.approx(logprob) == pytest.approx(max(top.values()), abs=1e-4)
+            assert token.startswith("bytes:") or choice.text[offset:].startswith(token)
+    assert "".join(whole[0].logprobs.tokens) == whole[0].text
+    assert [len(top) for top in complete(logprobs=0).choices[0].logprobs.top_logprobs] == [1] * 7
+
+
 def test_the_end_of_the_context_ends_the_answer(client: openai.OpenAI) -> None:
     answer = client.completions.create(
         model="demo", prompt=[9] * 380, max_tokens=100, temperature=0, extra_body={"ignore_eos": True}
@@ -181,7 +236,14 @@ HELLO: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content
         (CHAT, HELLO | {"seed": 2**70}, 400, "seed", "invalid_value"),
         (CHAT, HELLO | {"tools": [{"type": "function"}]}, 400, "tools", "unsupported_parameter"),
         (CHAT, HELLO | {"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
-        (CHAT, HELLO | {"logprobs": True}, 400, "logprobs", "unsupported_parameter"),
+        (CHAT, HELLO | {"logprobs": 3}, 400, "logprobs", "invalid_type"),
+        (CHAT, HELLO | {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "invalid_value"),
+        (CHAT, HELLO | {"logprobs": True, "top_logprobs": -1}, 400, "top_logprobs", "invalid_value"),
+        (CHAT, HELLO | {"logprobs": True, "top_logprobs": 1.5}, 400, "top_logprobs", "invalid_type"),
+        (CHAT, HELLO | {"top_logprobs": 2}, 400, "top_logprobs", "invalid_value"),
+        (TEXT, {"model": "demo", "prompt": "x", "logprobs": 6}, 400, "logprobs", "invalid_value"),
+        (TEXT, {"model": "demo", "prompt": "x", "logprobs": -1}, 400, "logprobs", "invalid_value"),
+        (TEXT, {"model": "demo", "prompt": "x", "logprobs": True}, 400, "logprobs", "invalid_type"),
         (CHAT, HELLO | {"stream_options": {"include_usage": True}}, 400, "stream_options", "invalid_value"),
         (CHAT, HELLO | {"presence_penalty": 3}, 400, "presence_penalty", "invalid_value"),
         (CHAT, HELLO | {"repetition_penalty": 0}, 400, "repetition_penalty", "invalid_value"),
