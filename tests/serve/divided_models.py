@@ -57,8 +57,8 @@ def compensated(config: ModelConfig, *, group_size: int = -1) -> Decoder:
     return model
 
 
-def generated(model: Decoder, mesh: Mesh | None) -> list[list[int]]:
-    """Answer two prompts in two slots, greedily."""
+def generated(model: Decoder, mesh: Mesh | None) -> tuple[list[list[int]], np.ndarray]:
+    """Answer two prompts in two slots, greedily; also give the log-probabilities of the likeliest last tokens."""
     runner = Runner(model, slots=2, context=120, buckets=(16,), lone_program=False, greedy_program=True, mesh=mesh)
     list(runner.warm_up())
     prompts = [np.random.default_rng(seed).integers(0, 96, length).tolist() for seed, length in ((0, 37), (1, 9))]
@@ -73,15 +73,19 @@ def generated(model: Decoder, mesh: Mesh | None) -> list[list[int]]:
     for _ in range(24):
         for answer, token in zip(answers, np.asarray(runner.decode(np.ones(2, bool))), strict=True):
             answer.append(int(token))
+    told = jax.device_get(runner.logprobs(np.ones(2, bool)))
+    assert told.token[:, 0].tolist() == [answer[-1] for answer in answers]
+    np.testing.assert_array_equal(told.chosen, told.top[:, 0])
     runner.check()
-    return answers
+    return answers, told.top
 
 
 def compare(whole: Decoder, mesh: Mesh) -> None:
-    wanted = generated(unstack(whole), None)
+    wanted, told = generated(unstack(whole), None)
     for options in ({}, {"reduction": "dual-write"}, {"lay_out": lambda model: model}):
-        answers = generated(divide(whole, mesh, **options), mesh)
+        answers, found = generated(divide(whole, mesh, **options), mesh)
         assert answers == wanted, (options, answers, wanted)
+        np.testing.assert_allclose(found, told, rtol=1e-3, atol=1e-3)
     tied = whole.config.tie_embeddings  # such say the same again and again
     assert tied or len({token for answer in wanted for token in answer}) > 8, "the model says always the same"
     tokens = jnp.asarray(np.random.default_rng(3).integers(0, 96, (2, 40)), jnp.int32)
@@ -128,7 +132,7 @@ def restored(mesh: Mesh) -> None:
             packed = stored.layers.down.weight.packed
             assert len(packed.sharding.device_set) == smaller.size
             assert packed.addressable_shards[0].data.size == packed.size // smaller.size
-            assert generated(divide(stored, smaller), smaller) == generated(unstack(whole), None)
+            assert generated(divide(stored, smaller), smaller)[0] == generated(unstack(whole), None)[0]
 
 
 def measured(mesh: Mesh) -> None:
