@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.request import MAX_BIASES, BadParameterError, SamplingParams
-from serve.sampling import SamplingState, changed_logits, filtered_weights, sample, with_prompt
+from serve.sampling import (
+    SamplingState,
+    changed_logits,
+    filtered_weights,
+    log_probabilities,
+    sample,
+    with_prompt,
+)
 
 VOCAB = 300
 _sample_jitted = jax.jit(sample)
@@ -146,6 +153,21 @@ def test_penalties_and_biases(seed: int, presence: float, frequency: float, repe
     greedy = SamplingState.of([params(temperature=0.0), dataclasses.replace(p, temperature=0.0)])
     chosen = _sample(logits, greedy, np.zeros(2, np.int32), np.stack([history, history]))
     assert chosen.tolist() == [logits[0].argmax(), expected.argmax()]
+
+
+@pytest.mark.parametrize("vocab", [5, 96, 300, 512, 7000])
+@pytest.mark.parametrize("ties", [False, True])
+def test_log_probabilities_are_what_sorting_gives(vocab: int, ties: bool) -> None:
+    logits = np.random.default_rng(vocab).normal(scale=4, size=(3, vocab)).astype(np.float32)
+    logits = np.round(logits) if ties else logits
+    chosen = np.array([0, vocab - 1, vocab // 2], np.int32)
+    found = jax.device_get(jax.jit(log_probabilities)(logits, chosen))
+    exact = logits.astype(np.float64)
+    expected = exact - np.log(np.exp(exact).sum(-1, keepdims=True))
+    order = np.argsort(-expected, axis=-1, kind="stable")[:, :20]
+    np.testing.assert_array_equal(found.token, order)
+    np.testing.assert_allclose(found.top, np.take_along_axis(expected, order, axis=-1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.chosen, expected[np.arange(3), chosen], rtol=1e-5, atol=1e-5)
 
 
 def test_idle_slots_ask_for_nothing() -> None:
