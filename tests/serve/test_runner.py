@@ -215,9 +215,8 @@ def test_steps_that_draw_nothing_take_the_greedy_program(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("name", ["undecided", "compensated"])
-@pytest.mark.parametrize("layout", ["separate", "cpu"])
-def test_log_probabilities_are_those_of_the_model_without_a_cache(name: str, layout: str) -> None:
-    runner, model, prompt = runner_of(name, layout), model_of(name), prompt_of(21, seed=7)
+def test_log_probabilities_are_those_of_the_model_without_a_cache(name: str) -> None:
+    runner, model, prompt = runner_of(name, "cpu"), model_of(name), prompt_of(21, seed=7)
     drawn = SamplingParams(max_tokens=1, temperature=1.0, seed=3, top_k=9, frequency_penalty=1.0, logprobs=20)
     start(runner, 2, prompt_of(12, seed=8))
     for params, others in ((GREEDY, False), (drawn, False), (drawn, True)):
