@@ -98,18 +98,18 @@ class _Target:
     def named(cls, topology: str, tp: int) -> "_Target":
         name, _, chips = topology.partition(":")
         on_gpus = name in GPUS
-        devices = () if on_gpus else tpu_topology(topology).devices
+        devices = [] if on_gpus else list(tpu_topology(topology).devices)
         count = _gpus(chips) if on_gpus else len(devices)
         if not 1 <= tp <= count:
             raise ValueError(f"tp must be from 1 to the {count} devices of {topology}, got {tp}")
         if on_gpus:
             rates = dict(zip(("bandwidth", "flops"), _H200, strict=True))
-            devices = gpu_topology(name, count=count).devices
-            return cls(platform="gpu", kind="NVIDIA H200", devices=list(devices[:tp]), **rates)
+            devices = list(gpu_topology(name, count=count).devices)
+            return cls(platform="gpu", kind="NVIDIA H200", devices=devices[:tp], **rates)
         kind = devices[0].device_kind
         chip = tpus.generation(kind)
         rates = {"bandwidth": chip.bandwidth * chip.cores, "flops": chip.bf16_flops * chip.cores}
-        return cls(platform="tpu", kind=kind, devices=list(devices[:tp]), **rates)
+        return cls(platform="tpu", kind=kind, devices=devices[:tp], **rates)
 
 
 def _gpus(chips: str) -> int:
