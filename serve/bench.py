@@ -197,11 +197,7 @@ async def _engine(config: BenchConfig) -> AsyncIterator[Send]:
 async def _measure(config: BenchConfig) -> dict[str, dict[str, Any]]:
     rng = np.random.default_rng(config.seed)
     lengths = _lengths(config)
-
-    def limit(milliseconds: float | None) -> float:
-        return UNBOUNDED if milliseconds is None else milliseconds / 1e3
-
-    slo = Slo(ttft=limit(config.ttft_slo_ms), itl=limit(config.itl_slo_ms), tpot=limit(config.tpot_slo_ms))
+    slo = Slo.of_milliseconds(ttft=config.ttft_slo_ms, itl=config.itl_slo_ms, tpot=config.tpot_slo_ms)
     results: dict[str, dict[str, Any]] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     screen = console()

@@ -159,6 +159,12 @@ class Slo:
     itl: float = UNBOUNDED
     tpot: float = UNBOUNDED
 
+    @classmethod
+    def of_milliseconds(cls, *, ttft: float | None, itl: float | None, tpot: float | None) -> "Slo":
+        """Make one of settings in milliseconds, None for no limit."""
+        given = {"ttft": ttft, "itl": itl, "tpot": tpot}
+        return cls(**{name: value / 1e3 for name, value in given.items() if value is not None})
+
     @property
     def declared(self) -> bool:
         """Whether anything is asked for."""

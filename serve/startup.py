@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from pallas_kernels.tuning import device_name
 from serve.config import SchedulerConfig, ServeConfig
 from serve.cpu import cpu_logits, lay_out_for_cpu
 from serve.engine import Engine
@@ -25,13 +26,13 @@ from serve.gpu import command_buffer_options
 from serve.latency import Profile, load_profile
 from serve.layout import lay_out
 from serve.metrics import Metrics
-from serve.request import UNBOUNDED, Slo
+from serve.request import Slo
 from serve.runner import Runner
 from serve.slots import SlotScheduler, Timing
 from spear_jax.cli import cache_dir
 from spear_jax.config import ModelConfig, load_yaml
 from spear_jax.loading import find_checkpoint
-from spear_jax.models import LoadedModel
+from spear_jax.models import LoadedModel, activation_dtype
 from spear_jax.models.decoder import Decoder, unstack
 from spear_jax.models.quantize import expand_model, expand_tables, quantize_model, quantize_tables, weight_bytes
 from spear_jax.models.source import DEMO
@@ -155,14 +156,12 @@ def _random(config: ServeConfig) -> LoadedModel:
         raise ValueError(f"{config.model}: random weights are made on one device, not on {config.tensor_parallel}")
     path = Path(config.model.removeprefix(RANDOM))
     architecture = load_yaml(ModelConfig, path)
-    cpu = jax.default_backend() == "cpu"
-    dtype = {"auto": "float32" if cpu else "bfloat16"}.get(config.dtype, config.dtype)
     spec = QuantSpec(group_size=-1 if config.group_size is None else config.group_size)
     words = {f"{i}": i for i in range(architecture.vocab_size)}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     return LoadedModel(
-        model=random_model(architecture, spec=spec, rank=16, dtype=jnp.dtype(dtype)),
+        model=random_model(architecture, spec=spec, rank=16, dtype=activation_dtype(config.dtype)),
         name=f"{path.stem}-random",
         tokenizer=PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="0"),
         config=architecture,
@@ -193,8 +192,7 @@ def table_path(config: ServeConfig) -> Path | None:
         return None
     if where != "auto":
         return Path(where).expanduser()
-    kind = re.sub(r"\W+", "-", jax.devices()[0].device_kind).lower()
-    of = f"{kind}-tp{config.tensor_parallel}.json"
+    of = f"{device_name()}-tp{config.tensor_parallel}.json"
     checkpoint = find_checkpoint(config.model)
     if checkpoint is not None:
         return checkpoint.parent / f"{checkpoint.name}-latency-{of}"
@@ -308,11 +306,7 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console) -> Eng
 
 def default_slo(config: SchedulerConfig) -> Slo:
     """Give the limits of requests that ask for none."""
-
-    def seconds(milliseconds: float | None) -> float:
-        return UNBOUNDED if milliseconds is None else milliseconds / 1e3
-
-    return Slo(ttft=seconds(config.ttft_slo_ms), itl=seconds(config.itl_slo_ms), tpot=seconds(config.tpot_slo_ms))
+    return Slo.of_milliseconds(ttft=config.ttft_slo_ms, itl=config.itl_slo_ms, tpot=config.tpot_slo_ms)
 
 
 def count_compilations(metrics: Metrics) -> None:

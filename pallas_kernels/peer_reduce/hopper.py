@@ -92,25 +92,8 @@ def peer_tail_hopper(
     if kernel.rank:
         out["z"] = jax.ShapeDtypeStruct((m, kernel.rank), z_dtype)
     out["generation"] = jax.ShapeDtypeStruct((1,), jnp.int32)
-    names = ("y", "z", "flags", "fault", "generation", *given, *(f"{name}_out" for name in out), *shared)
-
-    def peer_tail(*refs):
-        kernel(**dict(zip(names, refs, strict=True)))
-
-    run = plgpu.kernel(
-        peer_tail,
-        out_type=list(out.values()),
-        grid=(-(-m // ROWS),),
-        grid_names=("rows",),
-        cluster=(cluster,),
-        cluster_names=("split",),
-        num_threads=warpgroups,
-        thread_name="warpgroup",
-        scratch_types=list(shared.values()),
-        compiler_params=plgpu.CompilerParams(approx_math=True, skip_device_barrier=True),
-        interpret=interpret,
-    )
-    return dict(zip(out, run(peers.y, peers.z, peers.flags, fault, peers.generation, *given.values()), strict=True))
+    inbox = {"y": peers.y, "z": peers.z, "flags": peers.flags, "fault": fault, "generation": peers.generation}
+    return kernel.launch("peer_tail", inbox | given, out, shared, m=m, interpret=interpret, skip_device_barrier=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

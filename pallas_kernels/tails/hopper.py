@@ -109,25 +109,7 @@ def tail_hopper(
         out["x"] = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
     if rank:
         out["z"] = jax.ShapeDtypeStruct((m, rank), z_dtype)
-    names = (*given, *(f"{name}_out" for name in out), *shared)
-
-    def tail(*refs):
-        kernel(**dict(zip(names, refs, strict=True)))
-
-    run = plgpu.kernel(
-        tail,
-        out_type=list(out.values()),
-        grid=(-(-m // ROWS),),
-        grid_names=("rows",),
-        cluster=(cluster,),
-        cluster_names=("split",),
-        num_threads=warpgroups,
-        thread_name="warpgroup",
-        scratch_types=list(shared.values()),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret,
-    )
-    return dict(zip(out, run(*given.values()), strict=True))
+    return kernel.launch("tail", given, out, shared, m=m, interpret=interpret)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,6 +132,34 @@ class _Tail:
     def pieces(self) -> list[tuple[int, int]]:
         """First column and width of what a warpgroup treats at a time."""
         return [(at, min(_PIECE, self.columns - at)) for at in range(0, self.columns, _PIECE)]
+
+    def launch(
+        self, name: str, operands, out, shared, *, m: int, interpret, skip_device_barrier: bool = False
+    ) -> dict[str, Array]:
+        """Run over m rows, as a kernel called `name`; give what is in `out` by the names there.
+
+        The program gets `operands`, in this order, and `shared` memory by their names, and outputs as `NAME_out`.
+        """
+        names = (*operands, *(f"{output}_out" for output in out), *shared)
+
+        def tail(*refs):
+            self(**dict(zip(names, refs, strict=True)))
+
+        tail.__name__ = name
+        run = plgpu.kernel(
+            tail,
+            out_type=list(out.values()),
+            grid=(-(-m // ROWS),),
+            grid_names=("rows",),
+            cluster=(self.cluster,),
+            cluster_names=("split",),
+            num_threads=self.warpgroups,
+            thread_name="warpgroup",
+            scratch_types=list(shared.values()),
+            compiler_params=plgpu.CompilerParams(approx_math=True, skip_device_barrier=skip_device_barrier),
+            interpret=interpret,
+        )
+        return dict(zip(out, run(*operands.values()), strict=True))
 
     def scratch(self, given) -> dict:
         """Declare shared memory; raise NotImplementedError where it does not fit."""
