@@ -123,6 +123,7 @@ def int4_matmul_mosaic_gpu(
             "groups": scale.shape[0],
             "rank": 0 if a is None or b is None else b.shape[1],
             "paired": activation is not None,
+            "wide": out_dtype == jnp.float32,
         }
         config, _ = choose_config(m, packed.shape[0], rows.shape[1], **problem)
     y = int4_matmul_hopper(
@@ -211,17 +212,25 @@ def _low_rank(
 
 
 def choose_config(
-    m: int, n: int, k: int, *, groups: int = 1, rank: int = 0, paired: bool = False, device: str | None = None
+    m: int,
+    n: int,
+    k: int,
+    *,
+    groups: int = 1,
+    rank: int = 0,
+    paired: bool = False,
+    wide: bool = False,
+    device: str | None = None,
 ) -> tuple[HopperConfig, Literal["tuned", "rule"]]:
     """Give the configuration tuned for a device and shape, or what a rule of thumb makes of it; and which it is.
 
     `rank` is that of a compensator whose coordinates the product computes, 0 for none; `paired` says that it ends with
-    an activation. `device` is a folder of `tuned/`; by default that of this process's first device.
+    an activation, `wide` that its result is in float32. `device` is a folder of `tuned/`; by default that of this process's first device.
 
     Raises:
         NotImplementedError: No configuration fits the shape.
     """
-    shape = Shape(n=n, k=k, groups=groups, rank=rank, paired=paired)
+    shape = Shape(n=n, k=k, groups=groups, rank=rank, paired=paired, wide=wide)
     key = {"tile_m": row_class(m), "n": n, "k": k, "groups": groups, "rank": rank}
     tuned = tuning.lookup("int4_matmul", key, device=device)
     if tuned is not None and shape.fits(config := HopperConfig(**tuned)):
@@ -241,7 +250,7 @@ def row_class(m: int) -> int:
 class Shape:
     """What a product's configuration must fit: a weight [n, k] in groups, and what goes on beside it.
 
-    `rank` and `paired` are as for `choose_config`.
+    `rank`, `paired` and `wide` are as for `choose_config`.
     """
 
     n: int
@@ -249,6 +258,7 @@ class Shape:
     groups: int = 1
     rank: int = 0
     paired: bool = False
+    wide: bool = False
 
     def fits(self, config: HopperConfig) -> bool:
         """Say whether the product can be cut up so, and has shared memory enough."""
@@ -270,7 +280,7 @@ class Shape:
         ring = config.k_parts * min(config.slots, steps) * slot
         share = config.tile_m // config.reducers
         sums = config.parts * tiles * SIDE * share * 4 if config.parts > 1 else 0
-        result = config.row_tiles * share * SIDE * 2
+        result = config.row_tiles * share * SIDE * (4 if self.wide else 2)
         if self.paired and share == SIDE:  # odd tiles wait in float32: of fewer rows they fit into what is spare
             result += config.row_tiles * share * SIDE
         return ring + sums + result + _SPARE_BYTES <= SHARED_BYTES

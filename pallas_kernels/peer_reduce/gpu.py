@@ -99,7 +99,8 @@ def row_parallel_mosaic_gpu(
         compensator = prepare(compensator)
     a = None if compensator is None else compensator.a
     if config is None:
-        config, _ = choose_config(m, n, k, groups=scale.shape[0], rank=0 if a is None else a.size // k)
+        rank = 0 if a is None else a.size // k
+        config, _ = choose_config(m, n, k, groups=scale.shape[0], rank=rank, wide=True)
     if (written := -(-m // config.tile_m) * config.tile_m) > (room := inbox.y.shape[2]):
         raise ValueError(f"the inbox is for {room} rows, and tiles of {config.tile_m} for {m} rows write {written}")
     peers, fault = _open(inbox, axis)

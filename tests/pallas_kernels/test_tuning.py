@@ -1,10 +1,16 @@
 """Tuned settings are found, and every shape of the models has some cut."""
 
+import itertools
+import math
+
 import jax
+import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import tuning
+from pallas_kernels.hopper import SHARED_BYTES
 from pallas_kernels.int4_matmul.gpu import Shape, candidates, choose_config, row_class
+from pallas_kernels.int4_matmul.hopper import _Kernel
 from pallas_kernels.int4_matmul.plan import HopperConfig
 
 H100 = "nvidia-h100-80gb-hbm3"
@@ -77,3 +83,16 @@ def test_a_rank_without_settings_takes_those_of_rank_0(monkeypatch):
 def test_what_was_never_tuned_has_no_settings():
     assert tuning.read_table("int4_matmul", "abacus") == {}
     assert tuning.read_table("nothing", H100) == {}
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(4096, 2048), (4096, 7168), (4096, 14336), (6144, 4096), (5120, 6912)])
+def test_what_a_chosen_cut_declares_fits_into_shared_memory(n: int, k: int, wide: bool):
+    dtype = jnp.dtype(jnp.float32 if wide else jnp.bfloat16)
+    for m, device in itertools.product((8, 64, 128, 256, 1024), ("none", H100)):
+        config, _ = choose_config(m, n, k, wide=wide, device=device)
+        alone = {"groups": 1, "rank": 16, "projected": False, "paired": False}
+        kernel = _Kernel(config, n=n, k=k, **alone, out_dtype=dtype, interpret=False)
+        shared = kernel.scratch(jax.ShapeDtypeStruct((1, n), jnp.float32), None, jnp.zeros((n, 16), jnp.int8))
+        tiles = [ref for ref in shared.values() if hasattr(ref, "dtype")]
+        assert sum(math.prod(tile.shape) * jnp.dtype(tile.dtype).itemsize for tile in tiles) < SHARED_BYTES - 1024

@@ -3,8 +3,10 @@
 import json
 import sys
 
+import jax
 import pytest
 
+from pallas_kernels.peer_reduce import empty_inbox
 from serve import aot
 from serve.aot import AotConfig, compile_steps
 from spear_jax.models.quantize import weight_bytes
@@ -74,12 +76,14 @@ def test_a_model_compiles_with_its_kernels(topology: str, tp: int):
         config,
         aot.lay_out_for_hopper if on_gpu else aot.lay_out_for_tpu,
     )
+    keys = 2 * 16 * 8 * 2432 * 128 * 2 * 2 // tp
+    inbox = weight_bytes(jax.eval_shape(lambda: empty_inbox(devices=tp, rows=64, columns=4096)))
     for result in compile_steps(config):
         assert result["kernel_calls"] >= 4
         if on_gpu and tp > 1 and result["step"] == "decode":
             # A norm, then in each layer qkv, attention, o with its sum and norm, gate_up, down with its sum and norm.
             assert result["kernel_calls"] == 1 + 2 * 7
-        assert result["argument_bytes"] < 1.02 * weight_bytes(model) + 2 * 16 * 8 * 2432 * 128 * 2 * 2 // tp
+        assert result["argument_bytes"] < 1.02 * weight_bytes(model) + keys + inbox
         assert result["temporary_bytes"] < (100 if on_gpu else 48) * 2**20
         assert result["hbm_bytes"] < result["argument_bytes"] + result["temporary_bytes"] + 2**20
         assert result["compiler_flops"] is None or on_gpu or result["compiler_flops"] > 0
