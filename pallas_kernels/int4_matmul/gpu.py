@@ -225,7 +225,8 @@ def choose_config(
     """Give the configuration tuned for a device and shape, or what a rule of thumb makes of it; and which it is.
 
     `rank` is that of a compensator whose coordinates the product computes, 0 for none; `paired` says that it ends with
-    an activation, `wide` that its result is in float32. `device` is a folder of `tuned/`; by default that of this process's first device.
+    an activation, `wide` that its result is in float32. `device` is a folder of `tuned/`; by default that of this
+    process's first device.
 
     Raises:
         NotImplementedError: No configuration fits the shape.
