@@ -1,6 +1,6 @@
-"""`python -m serve.aot`: compile a whole int4 model for accelerators that this machine does not have; say its costs.
+"""Compile a whole int4 model for accelerators that this machine does not have, and say its costs.
 
-It lives in `serve` because what is compiled is the server's own decode and prefill, and `pallas_kernels`, which knows
+`python -m pallas_kernels.aot` is the command. It lives in `serve` because what is compiled is the server's own decode and prefill, and `pallas_kernels`, which knows
 the accelerators, may import neither the server nor the model.
 """
 
@@ -258,7 +258,7 @@ def main() -> None:
     """Run the command line."""
 
     def run() -> None:
-        config = parse_flags(AotConfig, prog="python -m serve.aot")
+        config = parse_flags(AotConfig, prog="python -m pallas_kernels.aot")
         # Compilers read these when they are first used, which is after this.
         os.environ.update(compiler_environment())
         jax.config.update("jax_platforms", "cpu")

@@ -6,6 +6,7 @@ import sys
 import jax
 import pytest
 
+from pallas_kernels import aot as entry
 from pallas_kernels.peer_reduce import empty_inbox
 from serve import aot
 from serve.aot import AotConfig, compile_steps
@@ -17,7 +18,7 @@ LLAMA = "configs/models/llama-3.1-8b.yaml"
 def run(monkeypatch, capsys, *flags: str) -> dict:
     monkeypatch.setattr(sys, "argv", ["aot", *flags])
     with pytest.raises(SystemExit) as stopped:
-        aot.main()
+        entry.main()
     captured = capsys.readouterr()
     if stopped.value.code:
         return {"error": captured.err}
