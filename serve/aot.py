@@ -1,7 +1,7 @@
 """Compile a whole int4 model for accelerators that this machine does not have, and say its costs.
 
-`python -m pallas_kernels.aot` is the command. It lives in `serve` because what is compiled is the server's own decode and prefill, and `pallas_kernels`, which knows
-the accelerators, may import neither the server nor the model.
+`python -m pallas_kernels.aot` is the command. The code is here because what is compiled is the server's own decode and
+prefill.
 """
 
 import contextlib
