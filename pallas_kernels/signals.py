@@ -125,7 +125,8 @@ def wait(
     """Let a warpgroup wait for all devices' parts of up to `tiles` tiles that there are, and of the coordinates.
 
     After `patience` nanoseconds it writes into `fault` whom it waited for, and goes on, as do all that find that there;
-    interpreted, after so many looks.
+    interpreted, after so many looks. It does not ask for this device's number: a kernel that does so is launched with
+    all devices' threads meeting on the host.
     """
     devices, parts, size = sum_.devices, tiles + coordinates, flags.shape[-1]
     if interpret:
@@ -133,9 +134,9 @@ def wait(
         return
     assert parts * devices <= _THREADS, (parts, devices)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), *(_SCALAR,) * 5))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), *(_SCALAR,) * 4))
     def poll(_, flags, fault, *scalars):
-        line, number, first, tile, me = (_word(value) for value in scalars)
+        line, number, first, tile = (_word(value) for value in scalars)
         thread = _thread()
         sender, part = arith.divui(thread, _constant(parts)), _remainder(thread, parts)
         tile = arith.addi(tile, part)
@@ -150,12 +151,12 @@ def wait(
         pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(flags), [offset], _i32())
         _assembly(
             _POLL,
-            "l,l,r,r,r,b,l",
-            [pointer, mgpu.utils.memref_ptr(fault), number, me, sender, there, _constant(patience, 64)],
+            "l,l,r,r,b,l",
+            [pointer, mgpu.utils.memref_ptr(fault), number, sender, there, _constant(patience, 64)],
         )
         mgpu.utils.warpgroup_barrier()
 
-    poll(flags, fault, sum_.line(0), sum_.number, sum_.flag(row_block, 0), first_tile, sum_.me)
+    poll(flags, fault, sum_.line(0), sum_.number, sum_.flag(row_block, 0), first_tile)
 
 
 def meet(*, interpret: bool) -> None:
@@ -168,9 +169,9 @@ def meet(*, interpret: bool) -> None:
 _POLL = """{
     .reg .pred here, early;
     .reg .u64 start, now;
-    .reg .u32 seen, one;
+    .reg .u32 seen, one, none;
     mov.u64 start, %globaltimer;
-    not.pred here, $5;
+    not.pred here, $4;
     @here bra DONE;
 AGAIN:
     ld.acquire.sys.global.u32 seen, [$0];
@@ -181,10 +182,11 @@ AGAIN:
     @here bra DONE;
     mov.u64 now, %globaltimer;
     sub.u64 now, now, start;
-    setp.lt.u64 early, now, $6;
+    setp.lt.u64 early, now, $5;
     @early bra AGAIN;
     mov.u32 one, 1;
-    st.global.v4.u32 [$1], {one, $2, $3, $4};
+    mov.u32 none, 0;
+    st.global.v4.u32 [$1], {one, $2, $3, none};
 DONE:
 }"""
 
@@ -205,7 +207,7 @@ def _wait_in_jax(flags, fault, sum_: Sum, row_block, first_tile, tiles: int, coo
 
             @pl.when((seen != sum_.number) & (failed == 0))
             def _(sender=sender):
-                for i, value in enumerate((jnp.int32(1), sum_.number, sum_.me, jnp.int32(sender))):
+                for i, value in enumerate((jnp.int32(1), sum_.number, jnp.int32(sender))):
                     fault[i] = value
 
     for i in range(tiles):

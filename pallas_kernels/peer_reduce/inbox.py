@@ -30,7 +30,7 @@ class Inbox:
     g + 1, which each sent after it was done with g. `flags` [2, P, F] int32 hold the number of the sum that was last
     sent, one for each part that is sent by itself; `generation` [1] int32 is the number of the next sum, from 1 on, the
     same on all devices at the same point of the program. `fault` [4] int32 is zero, or says who was waited for in vain:
-    1, the sum's number, the device that waited and the one that it waited for.
+    1, the sum's number, and the device that it waited for.
 
     An inbox may never move while others write into it: it is a donated argument of a program and a result of it, with
     the sharding of results given to `jax.jit` (else XLA may pair it with another result and copy it), in a `while_loop`
@@ -50,12 +50,13 @@ class Inbox:
         return self.y.shape[1]
 
     def check(self) -> None:
-        """Wait for what is running, and raise where a device was lost; for inboxes of one device or of all, stacked.
+        """Wait for what is running, and raise where a device was lost; for the inboxes of all devices, stacked.
 
         Raises:
             PeerLostError: Names the kernel, the sum, and both devices.
         """
-        for failed, generation, waiting, lost in np.asarray(jax.device_get(self.fault)).reshape(-1, 4):
+        faults = np.asarray(jax.device_get(self.fault)).reshape(-1, 4)
+        for waiting, (failed, generation, lost, _) in enumerate(faults):
             if failed:
                 raise PeerLostError(
                     f"peer_reduce: device {waiting} waited in vain for the part of device {lost} of sum {generation}"

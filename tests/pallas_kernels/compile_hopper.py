@@ -192,7 +192,8 @@ def report(problem: dict[str, Any], dumps: Path) -> dict[str, Any]:
     options: dict[str, Any] = {"donate_argnums": DONATED.get(kind, ())}
     if kind == "peers":
         options["out_shardings"] = operands[-1].y.sharding
-    compiled = jax.jit(function, **options).lower(*operands).compile()
+    lowered = jax.jit(function, **options).lower(*operands)
+    compiled = lowered.compile()
     memory = compiled.memory_analysis()
     assert memory is not None
     texts = {path: path.read_text(errors="replace") for path in set(dumps.iterdir()) - before}
@@ -201,6 +202,7 @@ def report(problem: dict[str, Any], dumps: Path) -> dict[str, Any]:
         "ptx": [text for path, text in texts.items() if path.suffix == ".ptx"],
         "temporary_bytes": memory.temp_size_in_bytes,
         "aliased_bytes": memory.alias_size_in_bytes,
+        "meetings": lowered.as_text().count("uses_xla_collective_metadata = true"),
         "copies": re.findall(r" = (\S+) copy(?:-start)?\(", compiled.as_text()),
     }
 

@@ -44,5 +44,7 @@ def test_the_kernels_compile_as_they_should(reports, well_compiled, name: str):
         writes = kernel == "int4_matmul" or not case.k
         assert ("st.release.sys" in ptx) == writes
         assert ("ld.acquire.sys" in ptx) == (kernel == "peer_tail")
+    # A tail that only waits is launched without the host's threads meeting.
+    assert report["meetings"] == 1
     assert not [shape for shape in report["copies"] if f"f32[1,2,{devices}," in shape or f"f32[2,{devices}," in shape]
     assert report["aliased_bytes"] > 2 * devices * max(8, case.m) * case.n * 4
