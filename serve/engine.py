@@ -152,6 +152,11 @@ class Engine:
         return self._scheduler.timing is not None and self._scheduler.timing.refuses
 
     @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
     def seconds_since_beat(self) -> float:
         """Time since the thread last went round its loop; when idle it still does about once a second."""
         return time.monotonic() - self._beat
