@@ -310,6 +310,8 @@ class Gateway:
             BadParameterError: A sampling parameter or a limit is out of range.
         """
         model, slo = self._model, body.limits(headers, default=self._slo)
+        if self.metrics is not None:
+            self.metrics.request_n.observe(body.answers)
         ticket.prompt_tokens = sum(map(len, prompts))
         made = []
         for prompt, answer in itertools.product(prompts, range(body.answers)):
