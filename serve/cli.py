@@ -1,9 +1,11 @@
 """`python -m spear_jax.serve`: settings, logs, the socket, signals, and the way down."""
 
 import asyncio
+import dataclasses
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -17,9 +19,13 @@ import uvicorn
 from rich.console import Console
 
 from serve.config import ServeConfig
+from serve.connection import patient_for
 from serve.gateway import Gateway
 from serve.http import create_app
+from serve.logs import log_to_stderr
+from serve.middleware import protect
 from serve.request import Admission
+from serve.tracing import trace_to
 from spear_jax.cli import cache_dir, parse_flags, run_main
 from spear_jax.config import load_yaml
 
@@ -82,6 +88,8 @@ def parse(arguments: Sequence[str], *, description: str = _DESCRIPTION) -> Serve
     config = parse_flags(
         ServeConfig, args=arguments, default=defaults, prog="python -m spear_jax.serve", description=description
     )
+    if keys := os.environ.get("SPEAR_JAX_API_KEY"):
+        config = dataclasses.replace(config, api_key=(*config.api_key, *keys.split(",")))
     config.check()
     return config
 
@@ -93,14 +101,18 @@ def serve(config: ServeConfig) -> int:
         ValueError, OSError: The port is taken, or the model or the settings cannot be used.
     """
     console = Console(stderr=True)
-    log_to_stderr()
+    log_to_stderr(config.log_format)
+    tracing = None if config.otlp_endpoint is None else trace_to(config.otlp_endpoint)
     listener = listen(config.host, config.port)
+    allow_many_connections()
     use_compilation_cache(config.compilation_cache)
-    gateway = Gateway(Admission(config.max_slots + config.max_num_queued_reqs))
-    app = create_app(gateway, max_body_bytes=int(config.max_body_mib * 2**20))
+    gateway = Gateway(
+        Admission(config.max_slots + config.max_num_queued_reqs), max_queued_tokens=config.max_num_queued_tokens
+    )
+    app = protect(create_app(gateway), config, tracing=tracing)
     address = f"http://{config.host}:{listener.getsockname()[1]}"
     log.info("not ready yet, listening: %s", address)
-    server = Server(app, gateway, drain_seconds=config.drain_seconds)
+    server = Server(app, gateway, config)
     failure: list[BaseException] = []
 
     def start() -> None:
@@ -120,6 +132,8 @@ def serve(config: ServeConfig) -> int:
     starter = threading.Thread(target=start, name="startup", daemon=True)
     with listener:
         server.run_with(listener, starter)
+    if tracing is not None:
+        tracing.close()
     if failure:
         raise failure[0]
     stopped = gateway.engine.stop(timeout=_CLOSE_SECONDS) if gateway.engine is not None else not starter.is_alive()
@@ -130,12 +144,6 @@ def serve(config: ServeConfig) -> int:
         logging.shutdown()
         os._exit(int(failed))
     return int(failed)
-
-
-def log_to_stderr() -> None:
-    """Write what `serve` has to say, and warnings of everything else, to stderr."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    logging.getLogger("serve").setLevel(logging.INFO)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -156,6 +164,13 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def allow_many_connections() -> None:
+    """Raise the limit on open files, of which each connection is one, to what this process may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def use_compilation_cache(folder: str) -> None:
     """Keep compiled programs in a folder for the next start; `auto` is this project's own, `none` keeps none."""
     import jax
@@ -172,18 +187,21 @@ def use_compilation_cache(folder: str) -> None:
 class Server(uvicorn.Server):
     """A uvicorn server that drains on the first signal and leaves with the status its caller chooses."""
 
-    def __init__(self, app: object, gateway: Gateway, *, drain_seconds: float):
+    def __init__(self, app: object, gateway: Gateway, config: ServeConfig):
         super().__init__(
             uvicorn.Config(
                 app,  # type: ignore[arg-type]
                 log_level="warning",
                 access_log=False,
                 server_header=False,
+                http=patient_for(config.client_seconds),
+                ws="none",
+                lifespan="off",
                 timeout_graceful_shutdown=_CLOSE_SECONDS,
             )
         )
         self._gateway = gateway
-        self._drain_seconds = drain_seconds
+        self._config = config
         self._deadline: float | None = None
 
     def run_with(self, listener: socket.socket, starter: threading.Thread) -> None:
@@ -205,10 +223,11 @@ class Server(uvicorn.Server):
             return
         log.info("%s: draining %d requests", signal.Signals(sig).name, self._gateway.admission.held)
         self._gateway.draining = True
-        self._deadline = time.monotonic() + self._drain_seconds
+        self._deadline = time.monotonic() + self._config.drain_seconds
 
     async def on_tick(self, counter: int) -> bool:
-        """Look ten times a second whether draining is over."""
+        """Look ten times a second whether the engine answers and whether draining is over."""
+        self._gateway.watch()
         if self._deadline is not None:
             held = self._gateway.admission.held
             if held and time.monotonic() > self._deadline:

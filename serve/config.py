@@ -118,14 +118,42 @@ class ServeConfig:
     max_num_queued_reqs: int = 256
     """Requests that may wait for a slot; the next gets 503 with Retry-After."""
 
+    max_num_queued_tokens: int | None = None
+    """Prompt tokens that may wait for their first token to come; a request that would make them more gets 503, unless
+    none wait."""
+
     max_body_mib: float = 4.0
     """Largest request body in MiB; a larger one gets 413."""
+
+    client_seconds: float = 30.0
+    """How long a client may take to send its request's head, then its body, and to read what is ready for it."""
+
+    api_key: tuple[str, ...] = ()
+    """Keys of which a client must present one as `Authorization: Bearer KEY`; by default it need not. Also taken from
+    the environment: SPEAR_JAX_API_KEY, several divided by commas. /health, /ready, /metrics and / are open to all."""
+
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may call this server, such as https://example.org; `*` for all. By default none."""
+
+    reload_checkpoint: bool = False
+    """Read the model again on SIGHUP and go on with it between two steps, if it has the same architecture; there must
+    be memory for both. Answers that are being streamed go on."""
+
+    log_format: Literal["text", "json"] = "text"
+    """What lines of the log look like; json: an object a line."""
+
+    log_requests: bool = False
+    """Log a line for each request: its id, status, time and tokens."""
+
+    otlp_endpoint: str | None = None
+    """Where OpenTelemetry spans of requests go, such as http://localhost:4318/v1/traces; needs the extra `otel`."""
 
     drain_seconds: float = 30.0
     """After SIGTERM, how long running answers may go on before they are ended with an error."""
 
     stuck_seconds: float = 60.0
-    """/health turns to 503 when a step takes longer than this."""
+    """When a step takes longer than this, requests in the server end with an error and /health turns to 503, until the
+    device answers again."""
 
     compilation_cache: str = "auto"
     """Folder where compiled programs are kept for the next start; `none` keeps none, auto is ~/.cache/spear-jax/xla."""
@@ -152,6 +180,10 @@ class ServeConfig:
         if not self.prefill_buckets or min(self.prefill_buckets) < 1:
             raise ValueError(f"prefill_buckets must be positive sizes, got {self.prefill_buckets}")
         self.scheduler.check()
-        for name in ("max_body_mib", "drain_seconds", "stuck_seconds"):
+        if self.max_num_queued_tokens is not None and self.max_num_queued_tokens < 1:
+            raise ValueError(f"max_num_queued_tokens must be at least 1, got {self.max_num_queued_tokens}")
+        if not all(self.api_key):
+            raise ValueError("api_key must not hold an empty key")
+        for name in ("max_body_mib", "client_seconds", "drain_seconds", "stuck_seconds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

@@ -25,6 +25,9 @@ type Deliver = Callable[[list[tuple[Request, Output]]], None]
 
 _IDLE_WAIT_SECONDS = 1.0
 
+_MAX_IDLE_FAULTS = 3
+"""Iterations in a row that may fail with nobody in a slot before the engine gives up."""
+
 
 class StepRunner(Protocol):
     """The device as the engine sees it; results may still be being computed when a call returns."""
@@ -53,18 +56,31 @@ class StepRunner(Protocol):
         """Judge the last token of every wanted slot [S], as the call before gave it."""
         ...
 
+    def recover(self, error: Exception) -> None:
+        """Make the state of idle slots anew after `error` in a call; raise if the device cannot be used any more."""
+        ...
+
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class _Live:
-    """What the engine knows of a request that it has not finished."""
+    """What the engine knows of a request that it has not finished.
+
+    `request` is the one the scheduler knows: after a fault of the device, the client's with what was generated at the
+    end of its prompt.
+    """
 
     request: Request
+    client: Request
     detokenizer: Detokenizer
     stops: StopMatcher
     logprobs: LogprobsHolder = dataclasses.field(default_factory=LogprobsHolder)
+    best_effort: bool = False
     characters: int = 0  # of all text that is certain, held back or not
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    strikes: int = 0  # faults that it may have caused, as others may
     generated: int = 0
     uncompensated: int = 0  # prompt tokens that went without some compensators
+    admitted: float = 0.0
     first_token: float = 0.0
     last_token: float = 0.0
     worst_gap: float = 0.0
@@ -91,6 +107,10 @@ class Engine:
     Each iteration lets waiting requests into free slots, enqueues a few prompt chunks and one decode step of all slots,
     and only then looks at the tokens of the iteration before, so that the device computes while text is made. A request
     that ended in the tokens being looked at has one more token computed that nobody reads.
+
+    A call of the device that fails costs time, not answers: the state is made anew, and those who held a slot are run
+    again from their prompt and what was generated. If it fails again for the same ones, each of them goes on as the
+    only one of them at a time; who has a slot then, when it fails, ends with an error.
     """
 
     def __init__(
@@ -113,6 +133,11 @@ class Engine:
         self._live: dict[Request, _Live] = {}
         self._in_flight: collections.deque[_Call] = collections.deque()
         self._outputs: list[tuple[Request, Output]] = []
+        self._again: dict[Request, Request] = {}  # what a client's request is called after a fault
+        self._suspects: collections.deque[_Live] = collections.deque()  # each to be tried without the others
+        self._watched: _Live | None = None  # the one of those that is
+        self._prompt_of: Request | None = None  # whose prompt is being handed to the device
+        self._idle_faults = 0
         self._stopping = False
         self._beat = self._last_end = time.monotonic()
         self.failure: BaseException | None = None
@@ -152,6 +177,11 @@ class Engine:
         return self._scheduler.timing is not None and self._scheduler.timing.refuses
 
     @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
     def seconds_since_beat(self) -> float:
         """Time since the thread last went round its loop; when idle it still does about once a second."""
         return time.monotonic() - self._beat
@@ -159,7 +189,10 @@ class Engine:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                self._iterate()
+                try:
+                    self._iterate()
+                except Exception as error:
+                    self._recover(error)
             self._fail_all("abort", "the server is shutting down")
         except BaseException as error:
             log.exception("the engine failed; every request gets an error and /health says so")
@@ -167,12 +200,94 @@ class Engine:
             self._fail_all("error", "the engine failed")
             self._drain_after_failure()
 
+    def _recover(self, error: Exception) -> None:
+        """Go on after an iteration that failed.
+
+        Raises:
+            Exception: The device is lost, or it fails again and again while nothing runs.
+        """
+        slots = (*self._scheduler.prefilling, *self._scheduler.decoding)
+        holders = [self._live[request] for request in slots if request in self._live]
+        log.exception("a step failed while %d requests held a slot", len(holders))
+        self._metrics.faults.inc()
+        self._idle_faults = 0 if holders else self._idle_faults + 1
+        if self._idle_faults > _MAX_IDLE_FAULTS:
+            raise error
+        accused = self._accused()
+        self._flush()
+        holders = [live for live in holders if live.request in self._live]
+        guilty = self._guilty([live for live in holders if accused in (None, live.request)])
+        for live in holders:
+            self._scheduler.remove(live.request)
+        if guilty is not None:
+            self._fail(guilty)
+        self._runner.recover(error)
+        for live in reversed([live for live in holders if live is not guilty]):
+            self._retry(live)
+
+    def _accused(self) -> Request | None:
+        """Say whose prompt it was that the device refused, if that was not what is left of an earlier failure."""
+        accused, self._prompt_of = self._prompt_of, None
+        try:
+            while accused is not None and self._in_flight:
+                self._settle(self._in_flight.popleft())
+        except Exception:
+            accused = None
+        self._in_flight.clear()
+        return accused
+
+    def _guilty(self, suspects: Sequence[_Live]) -> _Live | None:
+        """Say whom a fault is put down to; if to nobody yet, count it against all who may have caused it."""
+        if self._watched in suspects:
+            return self._watched
+        for live in suspects:
+            live.strikes += 1
+        return suspects[0] if len(suspects) == 1 and suspects[0].strikes > 1 else None
+
+    def _retry(self, live: _Live) -> None:
+        """Put a request that lost its slot before all who wait, or aside if it may be what makes steps fail."""
+        client = live.client
+        del self._live[live.request]
+        params = dataclasses.replace(client.params, max_tokens=client.params.max_tokens - live.generated)
+        live.request = dataclasses.replace(client, prompt=(*client.prompt, *live.tokens), params=params)
+        self._again[client] = live.request
+        self._live[live.request] = live
+        self._metrics.retries.inc()
+        if live.strikes > 1:
+            self._suspects.append(live)
+        else:
+            self._scheduler.submit(live.request, best_effort=live.best_effort, first=True)
+
+    def _try_next_suspect(self) -> None:
+        watched = self._watched
+        if self._suspects and (watched is None or watched.request not in self._live):
+            self._watched = live = self._suspects.popleft()
+            self._scheduler.submit(live.request, best_effort=live.best_effort, first=True)
+
+    def _fail(self, live: _Live) -> None:
+        """End a request that cannot be served with an error."""
+        self._scheduler.remove(live.request)
+        self._drop(live)
+        self._metrics.finished("error")
+        message = "this request cannot be served: the step that it takes part in fails"
+        self._deliver([(live.client, Output(finish_reason="error", error=message))])
+
+    def _drop(self, live: _Live) -> None:
+        del self._live[live.request]
+        self._again.pop(live.client, None)
+        if live in self._suspects:
+            self._suspects.remove(live)
+
     def _iterate(self) -> None:
         self._beat = time.monotonic()
+        self._try_next_suspect()
         self._take_inbox()
         now = time.monotonic()
         for request, _ in self._scheduler.admit(now):
-            self._metrics.queue_time.observe(now - request.arrival)
+            live = self._live[request]
+            if not live.admitted:
+                live.admitted = now
+                self._metrics.queue_time.observe(now - request.arrival)
         enqueued = self._enqueue(self._scheduler.next_step(now))
         while self._in_flight and (not enqueued or len(self._in_flight) > 1):
             self._settle(self._in_flight.popleft())
@@ -192,6 +307,7 @@ class Engine:
         """Hand an iteration to the device; says whether there was anything to do."""
         calls: list[_Call] = []
         for request, chunk in step.chunks:
+            self._prompt_of = None if calls else request
             token = self._runner.prefill(
                 request.prompt[chunk.start : chunk.start + chunk.length],
                 slot=chunk.slot,
@@ -206,9 +322,11 @@ class Engine:
                 self._live[request].uncompensated += chunk.length
                 self._metrics.uncompensated.inc(chunk.length)
             calls.append(self._call(token, [(request, chunk.slot)] if chunk.last else []))
+        self._prompt_of = None
         if rows := [(request, slot) for request, slot in self._scheduler.decoding.items() if step.run[slot]]:
             calls.append(self._call(self._runner.decode(step.run), rows))
         if calls:
+            self._metrics.iteration_tokens.observe(len(rows) + sum(chunk.length for _, chunk in step.chunks))
             predicted = step.predicted if self._in_flight else 0.0
             calls[-1] = dataclasses.replace(calls[-1], ends=True, predicted=predicted)
         self._in_flight.extend(calls)
@@ -240,19 +358,28 @@ class Engine:
                 entry = None
                 if logprobs is not None and (count := request.params.logprobs) is not None:
                     entry = logprobs.of(slot, token=token, count=count, offset=live.characters)
-                self._advance(live, token, entry, now)
+                try:
+                    self._advance(live, token, entry, now)
+                except Exception:
+                    log.exception("request %s fails: its token %d cannot be turned into text", live.client.id, token)
+                    self._fail(live)
+        self._flush()
+
+    def _flush(self) -> None:
         if self._outputs:
             outputs, self._outputs = self._outputs, []
             self._deliver(outputs)
 
     def _advance(self, live: _Live, token: int, entry: TokenLogprobs | None, now: float) -> None:
-        request, metrics = live.request, self._metrics
+        request, metrics = live.client, self._metrics
         live.generated += 1
+        live.tokens.append(token)
         metrics.generation_tokens.inc()
         if live.generated == 1:
             live.first_token = now
-            self._scheduler.token_seen(request, now)
+            self._scheduler.token_seen(live.request, now)
             metrics.ttft.observe(now - request.arrival)
+            metrics.prefill_time.observe(now - live.admitted)
         else:
             live.worst_gap = max(live.worst_gap, now - live.last_token)
             metrics.itl.observe(now - live.last_token)
@@ -284,11 +411,14 @@ class Engine:
         self._outputs.append((request, output))
 
     def _finish(self, live: _Live, reason: FinishReason) -> None:
-        request, metrics = live.request, self._metrics
-        self._scheduler.remove(request)
-        del self._live[request]
+        request, metrics = live.client, self._metrics
+        self._scheduler.remove(live.request)
+        self._drop(live)
         metrics.finished(reason)
         metrics.e2e.observe(live.last_token - request.arrival)
+        metrics.decode_time.observe(live.last_token - live.first_token)
+        metrics.inference_time.observe(live.last_token - live.admitted)
+        metrics.request_max_tokens.observe(request.params.max_tokens)
         metrics.request_prompt_tokens.observe(len(request.prompt))
         metrics.request_generation_tokens.observe(live.generated)
         tpot = (live.last_token - live.first_token) / max(live.generated - 1, 1)
@@ -312,16 +442,20 @@ class Engine:
             self._metrics.best_effort.inc()
         self._live[request] = _Live(
             request=request,
+            client=request,
             detokenizer=Detokenizer(self._decode, prompt=request.prompt),
             stops=StopMatcher(request.params.stop),
+            best_effort=wait > 0,
         )
         self._scheduler.submit(request, best_effort=wait > 0)
         if self.refuses and request.slo.declared:
             self._deliver([(request, Output())])
 
     def _forget(self, request: Request) -> None:
-        if self._live.pop(request, None) is not None:
-            self._scheduler.remove(request)
+        live = self._live.get(self._again.get(request, request))
+        if live is not None:
+            self._scheduler.remove(live.request)
+            self._drop(live)
             self._metrics.finished("abort")
             self._set_gauges()
 
@@ -330,13 +464,13 @@ class Engine:
 
     def _fail_all(self, reason: FinishReason, message: str) -> None:
         self._in_flight.clear()
-        failed = list(self._live)
-        for request in failed:
-            self._scheduler.remove(request)
+        failed = list(self._live.values())
+        for live in failed:
+            self._scheduler.remove(live.request)
+            self._drop(live)
             self._metrics.finished(reason)
-        self._live.clear()
         self._set_gauges()
-        self._deliver([(request, Output(finish_reason=reason, error=message)) for request in failed])
+        self._deliver([(live.client, Output(finish_reason=reason, error=message)) for live in failed])
 
     def _drain_after_failure(self) -> None:
         """Answer requests that reached the inbox of a failed engine; any thread may do it, as none owns it any more."""

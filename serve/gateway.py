@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import logging
 import secrets
 import time
 import uuid
@@ -13,6 +14,7 @@ from typing import Any
 
 from serve.detokenize import token_bytes
 from serve.engine import Engine
+from serve.logs import current_record
 from serve.metrics import Metrics
 from serve.request import (
     Admission,
@@ -26,6 +28,8 @@ from serve.request import (
     UnattainableError,
 )
 from serve.schema import ChatBody, CommonBody, CompletionBody
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,8 @@ class Ticket:
     """
 
     def __init__(self, gateway: "Gateway", places: int):
-        self.id = uuid.uuid4().hex
+        self.record = current_record()
+        self.id: str = self.record.get("request_id") or uuid.uuid4().hex
         self.requests: list[Request] = []
         self.prompt_tokens = 0
         self._gateway = gateway
@@ -70,8 +75,10 @@ class Ticket:
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Hand the requests to the engine; their index here is the `index` of the choice."""
+        self._gateway.queue_tokens(requests)
         self.requests = list(requests)
         self._open = {request: index for index, request in enumerate(requests)}
+        self.record |= {"prompt_tokens": self.prompt_tokens, "completion_tokens": 0, "finish_reasons": []}
         self._gateway.register(self.requests, self._queue)
 
     async def taken(self) -> None:
@@ -98,7 +105,16 @@ class Ticket:
             index = self._open[request]
             if output.finish_reason is not None:
                 del self._open[request]
+            self._note(request, output)
             yield index, output
+
+    def _note(self, request: Request, output: Output) -> None:
+        record = self.record
+        if output.tokens and "ttft" not in record:
+            record["ttft"] = round(time.monotonic() - request.arrival, 4)
+        record["completion_tokens"] += output.tokens
+        if output.finish_reason is not None:
+            record["finish_reasons"].append(output.finish_reason)
 
     def close(self) -> None:
         """Abort what has not ended and give the place back; a second call does nothing."""
@@ -111,8 +127,10 @@ class Ticket:
 class Gateway:
     """Admits requests, turns bodies into engine requests, and delivers outputs; lives in the event loop's thread."""
 
-    def __init__(self, admission: Admission):
+    def __init__(self, admission: Admission, *, max_queued_tokens: int | None = None):
         self.admission = admission
+        self._max_queued_tokens = max_queued_tokens
+        self._waiting: dict[Request, int] = {}  # tokens of prompts whose first output has not come
         self.draining = False
         self.model: ModelInfo | None = None
         self.token_bytes = functools.cache(self._token_bytes)
@@ -140,15 +158,32 @@ class Gateway:
 
     def problem(self) -> str | None:
         """Say why requests cannot be served now, or None."""
-        if self.draining:
-            return "draining"
+        return "draining" if self.draining else self._engine_problem()
+
+    def _engine_problem(self) -> str | None:
         if self.engine is None:
             return "starting"
         if self.engine.failure is not None:
             return "engine failed"
+        if not self.engine.alive:
+            return "engine ended"
         if self.engine.seconds_since_beat > self._stuck_seconds:
             return f"engine has not answered for {self.engine.seconds_since_beat:.0f} s"
         return None
+
+    def watch(self) -> None:
+        """End what an engine that does not answer, or is no more, holds with an error; to be called now and then.
+
+        An engine that answers again forgets these requests and serves new ones.
+        """
+        if self.engine is None or not self._queues or (problem := self._engine_problem()) is None:
+            return
+        log.error("%s: %d requests end with an error", problem, len(self._queues))
+        for request in list(self._queues):
+            self.engine.abort(request)
+        failed = Output(finish_reason="error", error=problem)
+        self._dispatch([(request, failed) for request in self._queues])
+        self._queues.clear()
 
     def deliver(self, outputs: list[tuple[Request, Output]]) -> None:
         """Carry outputs from the engine's thread to the tasks that wait for them, with one wake-up of the loop."""
@@ -158,8 +193,27 @@ class Gateway:
 
     def _dispatch(self, outputs: list[tuple[Request, Output]]) -> None:
         for request, output in outputs:
+            if output.tokens or output.finish_reason is not None:
+                self._waiting.pop(request, None)
             if (waiting := self._queues.get(request)) is not None:
                 waiting.put_nowait((request, output))
+
+    def queue_tokens(self, requests: Sequence[Request]) -> None:
+        """Count the prompts of requests as waiting.
+
+        Raises:
+            QueueFullError: With these, more tokens would wait than may.
+        """
+        new = {request: len(request.prompt) for request in requests}
+        held, limit = sum(self._waiting.values()), self._max_queued_tokens
+        if limit is not None and held and held + sum(new.values()) > limit:
+            self._count_rejected()
+            raise QueueFullError(f"{held} prompt tokens already wait, and {limit} may")
+        self._waiting |= new
+
+    def _count_rejected(self) -> None:
+        if self.metrics is not None:
+            self.metrics.rejected.inc()
 
     def register(self, requests: Sequence[Request], outputs: asyncio.Queue[tuple[Request, Output]]) -> None:
         """Send the requests' outputs to a queue and the requests to the engine."""
@@ -176,6 +230,7 @@ class Gateway:
         """Stop delivering, and abort those that have not ended."""
         for request in requests:
             self._queues.pop(request, None)
+            self._waiting.pop(request, None)
         for request in unfinished:
             if self.engine is not None:
                 self.engine.abort(request)
@@ -194,8 +249,7 @@ class Gateway:
         try:
             self.admission.reserve(answers)
         except QueueFullError:
-            if self.metrics is not None:
-                self.metrics.rejected.inc()
+            self._count_rejected()
             raise
         return Ticket(self, answers)
 
@@ -256,6 +310,8 @@ class Gateway:
             BadParameterError: A sampling parameter or a limit is out of range.
         """
         model, slo = self._model, body.limits(headers, default=self._slo)
+        if self.metrics is not None:
+            self.metrics.request_n.observe(body.answers)
         ticket.prompt_tokens = sum(map(len, prompts))
         made = []
         for prompt, answer in itertools.product(prompts, range(body.answers)):

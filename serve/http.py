@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
@@ -11,8 +10,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
+from serve.errors import error_body as _error_body
+from serve.errors import error_response as _error
 from serve.gateway import Gateway, Ticket
 from serve.metrics import CONTENT_TYPE
 from serve.request import (
@@ -28,8 +29,6 @@ from serve.schema import ChatBody, CommonBody, CompletionBody
 
 _RETRY_SECONDS = 1
 _CLIENT_GONE = 499
-_DISCARDED_BYTES = 64 * 2**20
-"""How much of a body that is too large is read before the connection is closed."""
 
 type Prompts = list[tuple[int, ...]]
 type Logprobs = Sequence[TokenLogprobs]
@@ -43,14 +42,16 @@ class EngineError(RuntimeError):
         self.status = 503 if output.finish_reason == "abort" else 500
 
 
-def create_app(gateway: Gateway, *, max_body_bytes: int) -> FastAPI:
-    """Build the application; it answers from the start and says 503 until `gateway.ready`."""
+def create_app(gateway: Gateway) -> FastAPI:
+    """Build the application; it answers from the start and says 503 until `gateway.ready`.
+
+    `middleware.protect` puts it behind limits.
+    """
     app = FastAPI(
         title="spear-jax",
         description="OpenAI-compatible server of 4-bit language models.",
         strict_content_type=False,
     )
-    app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     _handle_errors(app)
 
     @app.post("/v1/chat/completions")
@@ -73,9 +74,12 @@ def create_app(gateway: Gateway, *, max_body_bytes: int) -> FastAPI:
         return JSONResponse(_model_card(gateway, name))
 
     @app.get("/health")
+    @app.get("/ready")
     async def health() -> Response:
         problem = gateway.problem()
-        return JSONResponse({"status": problem or "ok"}, status_code=200 if problem is None else 503)
+        if problem is None:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": problem}, status_code=503, headers={"retry-after": str(_RETRY_SECONDS)})
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -84,44 +88,6 @@ def create_app(gateway: Gateway, *, max_body_bytes: int) -> FastAPI:
         return Response(gateway.metrics.render(), media_type=CONTENT_TYPE)
 
     return app
-
-
-class BodyLimit:
-    """Answers 413 to a request whose body is larger than `max_bytes`, declared or not.
-
-    The rest of such a body is read and thrown away, up to a bound: a connection closed while the client still sends
-    reaches it as a broken pipe instead of an answer.
-    """
-
-    def __init__(self, app: ASGIApp, *, max_bytes: int):
-        self._app = app
-        self._max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Read the body, then let the application read it again."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        parts: list[bytes] = []
-        size, more = 0, True
-        while more and size <= self._max_bytes + _DISCARDED_BYTES:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            size += len(message.get("body", b""))
-            more = message.get("more_body", False)
-            if size <= self._max_bytes:
-                parts.append(message.get("body", b""))
-        if size > self._max_bytes:
-            message = f"the body is larger than the {self._max_bytes} bytes this server takes"
-            await _error(413, message, code="body_too_large")(scope, receive, send)
-            return
-        body: list[Message] = [{"type": "http.request", "body": b"".join(parts), "more_body": False}]
-
-        async def replay() -> Message:
-            return body.pop() if body else await receive()
-
-        await self._app(scope, replay, send)
 
 
 async def _answer(
@@ -136,6 +102,7 @@ async def _answer(
     _check_model(gateway, body.model)
     body.check()
     ticket = gateway.admit(prompts * body.answers)
+    ticket.record["model"] = body.model
     try:
         ids = await asyncio.to_thread(tokenize)
         ticket.submit(gateway.requests(ticket, body, ids, request.headers))
@@ -380,18 +347,6 @@ def _check_model(gateway: Gateway, name: str) -> None:
         raise _UnknownModelError(
             f"the model {name!r} does not exist here; this server has {', '.join(_names(gateway))}"
         )
-
-
-def _error_body(message: str, *, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def _error(
-    status: int, message: str, *, param: str | None = None, code: str | None = None, retry: float | None = None
-) -> JSONResponse:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    headers = None if retry is None else {"retry-after": str(math.ceil(retry))}
-    return JSONResponse(_error_body(message, kind=kind, param=param, code=code), status_code=status, headers=headers)
 
 
 def _handle_errors(app: FastAPI) -> None:

@@ -1,5 +1,7 @@
 """Prometheus metrics in vLLM's vocabulary under the prefix `spear:`."""
 
+from typing import get_args
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from serve.request import FinishReason
@@ -32,6 +34,13 @@ class Metrics:
         self.skipped = self._counter("decode_tokens_deferred", "Times that an answer ahead of its TPOT waited.")
         self.drift = self._gauge("latency_table_drift", "Observed over predicted time of an iteration, averaged.")
         self.drift.set(1)
+        self.preemptions = self._counter("num_preemptions", "Times that an answer lost its slot and was begun again.")
+        self.faults = self._counter("engine_faults", "Iterations that failed; each costs time, and perhaps an answer.")
+        self.retries = self._counter("request_retries", "Answers that were begun again after a fault, where they were.")
+        self._reloads = Counter(
+            "spear:checkpoint_reloads", "Times that the model was read again, by whether it is the one served since.",
+            ["model_name", "taken"], registry=self.registry,
+        )  # fmt: skip
         self.compilations = self._counter(
             "compilations_after_ready", "Programs compiled after the server said it was ready; more than 0 is a defect."
         )
@@ -42,6 +51,14 @@ class Metrics:
         )
         self.e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token.", _REQUEST_BUCKETS)
         self.queue_time = self._histogram("request_queue_time_seconds", "Arrival to slot.", _REQUEST_BUCKETS)
+        self.prefill_time = self._histogram("request_prefill_time_seconds", "Slot to first token.", _REQUEST_BUCKETS)
+        self.decode_time = self._histogram("request_decode_time_seconds", "First to last token.", _REQUEST_BUCKETS)
+        self.inference_time = self._histogram("request_inference_time_seconds", "Slot to last token.", _REQUEST_BUCKETS)
+        self.iteration_tokens = self._histogram(
+            "iteration_tokens_total", "Tokens, of prompts and of answers, that an iteration ran.", _TOKEN_BUCKETS
+        )
+        self.request_n = self._histogram("request_params_n", "Answers asked for at once.", (1, 2, 5, 10, 20))
+        self.request_max_tokens = self._histogram("request_params_max_tokens", "max_tokens of answers.", _TOKEN_BUCKETS)
         self.request_prompt_tokens = self._histogram("request_prompt_tokens", "Prompt length.", _TOKEN_BUCKETS)
         self.request_generation_tokens = self._histogram("request_generation_tokens", "Answer length.", _TOKEN_BUCKETS)
         self._success = Counter(
@@ -50,17 +67,23 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=self.registry,
         )
-
+        for reason in get_args(FinishReason):
+            self._success.labels(self._model_name, reason)
         self._slo = Counter(
             "spear:request_slo", "Answers that had limits, by whether all were kept.", ["model_name", "met"],
             registry=self.registry,
         )  # fmt: skip
         for met in ("true", "false"):
             self._slo.labels(self._model_name, met)
+            self._reloads.labels(self._model_name, met)
 
     def slo(self, *, met: bool) -> None:
         """Count an answer that had limits on time."""
         self._slo.labels(self._model_name, str(met).lower()).inc()
+
+    def reloaded(self, *, taken: bool) -> None:
+        """Count an attempt to go on with another checkpoint."""
+        self._reloads.labels(self._model_name, str(taken).lower()).inc()
 
     def finished(self, reason: FinishReason) -> None:
         """Count the end of a request."""

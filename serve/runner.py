@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Int
 
-from pallas_kernels.peer_reduce import empty_inbox
+from pallas_kernels.peer_reduce import PeerLostError, empty_inbox
 from serve.cache import Cache, KVCache, allocate, batch_attend, last_position, slot_attend
 from serve.request import SamplingParams
 from serve.sampling import Logprobs, SamplingState, likeliest, log_probabilities, sample, with_prompt
@@ -86,12 +86,16 @@ class Runner:
         leaves, tree = jax.tree.flatten(model)
         self._leaves: list[Array] = _committed(leaves)
         sizes = {"slots": slots, "context": context, "padding": self.buckets[-1]}
-        if mesh is None:
-            state = empty_state(model, **sizes)
-        else:
-            state = jax.block_until_ready(_state_of_parts(model, mesh, **sizes))
-        self.cache_bytes = weight_bytes(state.cache)
-        self._state = _committed(state)
+
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model)  # not its arrays
+
+        def idle() -> DeviceState:
+            state = empty_state(shapes, **sizes) if mesh is None else _state_of_parts(shapes, mesh, **sizes)
+            return _committed(jax.block_until_ready(state))
+
+        self._idle_state = idle
+        self._state: DeviceState = idle()
+        self.cache_bytes = weight_bytes(self._state.cache)
         self._mesh, self._checked = mesh, time.monotonic()
         jit = functools.partial(_jit, logits=logits, options=compiler_options, mesh=mesh)
         compiled = functools.partial(jit, tree)
@@ -185,6 +189,17 @@ class Runner:
         else:
             found, self._state = self._logprobs_all(self._leaves, self._state)
         return found
+
+    def recover(self, error: Exception) -> None:
+        """Give up the state, of which nothing is known after a call has failed, and make that of idle slots anew.
+
+        Raises:
+            PeerLostError: That was the error: the devices cannot go on together.
+        """
+        if isinstance(error, PeerLostError):
+            raise error
+        del self._state  # there is no memory for two
+        self._state = self._idle_state()
 
     def check(self) -> None:
         """Wait for the steps that run, and raise where a device was lost.

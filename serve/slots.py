@@ -112,10 +112,10 @@ class SlotScheduler:
         slots = list(self.decoding.values())
         return sum(done for _, done in self.prefilling.values()) + int(self.running.context[slots].sum())
 
-    def submit(self, request: Request, *, best_effort: bool = False) -> None:
-        """Put a request at the end of the queue; with `best_effort` it is not held to its limits."""
+    def submit(self, request: Request, *, best_effort: bool = False, first: bool = False) -> None:
+        """Put a request at the end of the queue, or first; with `best_effort` it is not held to its limits."""
         self.slo[request] = Slo() if best_effort else request.slo
-        self.waiting.append(request)
+        (self.waiting.appendleft if first else self.waiting.append)(request)
 
     def admit(self, now: float) -> list[tuple[Request, int]]:
         """Give free slots to waiting requests, as far as all can decode in time; returns who got which."""

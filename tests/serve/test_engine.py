@@ -60,6 +60,9 @@ class CountingRunner:
         self.last[active] += 1
         return self.last.copy()
 
+    def recover(self, error: Exception) -> None:
+        raise error
+
     def logprobs(self, wanted: np.ndarray) -> Logprobs:
         """Token t has log-probability -t, and tokens t+100, t+99, ... are the likeliest."""
         self.judged.append(tuple(np.flatnonzero(wanted).tolist()))
