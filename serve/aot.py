@@ -142,7 +142,7 @@ def steps(model: Decoder, aot: AotConfig) -> dict[str, tuple[Callable[..., Any],
         return lambda leaves, state, *rest: step(jax.tree.unflatten(tree, leaves), Decoder.logits, state, *rest)
 
     greedy = SamplingState.of([SamplingParams(max_tokens=1, temperature=0.0)])
-    chunk = (np.zeros((1, aot.chunk), np.int32), np.zeros(4, np.int32), greedy)
+    chunk = (np.zeros((1, aot.chunk), np.int32), np.zeros(6, np.int32), greedy)
     return {"decode": (of(decode_step), (np.ones(aot.slots, bool),)), "prefill": (of(prefill_step), chunk)}
 
 
@@ -223,7 +223,7 @@ def _roofline(name: str, model: Decoder, state: Any, aot: AotConfig, target: _Ta
     head = model.embed if model.head is None else model.head
     vocabulary = head.shape[0] * config.hidden_size * sequences
     cache = weight_bytes(state.cache) * sequences // aot.slots
-    read = weight_bytes(model) + cache * keys // (aot.context + aot.chunk)
+    read = weight_bytes(model) + cache * keys // aot.context
     if model.head is not None:
         read -= weight_bytes(model.embed)  # a few rows of the embedding are read
     flops = 2 * (pairs * rows + attended + vocabulary)

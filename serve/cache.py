@@ -1,4 +1,4 @@
-"""The KV cache of fixed slots, and attention over it that costs the live length only."""
+"""The KV cache in pages, and attention over them in XLA that costs the live length only."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,17 +6,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int32
 
-from serve.paged_cache import PagedKVCache, suits_pages
+from serve.paged_cache import PAGE, PagedKVCache, suits_pages
 from spear_jax.config import ModelConfig
 from spear_jax.nn.attention import Index
 from spear_jax.nn.rope import Rope, apply_rope
 from spear_jax.nn.row_parallel import PeerCache
 
-BLOCK = 128
-"""Keys attended to at once; the length of a cache without pages is a multiple of it."""
+SCRATCH = 0
+"""Page that nobody owns: what padding and idle slots write goes there, and so do table entries without a page."""
 
 _MASKED = float(jnp.finfo(jnp.float32).min)
 
@@ -24,32 +25,40 @@ _MASKED = float(jnp.finfo(jnp.float32).min)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVCache:
-    """Keys and values of S slots, `k` and `v`: [L, S, K, T, H] for layers that are scanned, [S, K, T, H] for one layer.
+    """Keys and values in P pages, `k` and `v`: [L, P, K, PAGE, H] for layers that are scanned, [P, K, PAGE, H] for one.
 
-    T lies inside of K so that a head's keys are one piece of memory and the products with them need no transposed copy.
-    (A leading axis of one layer would make XLA's CPU back end copy the cache in every step.)
+    `table`, int32 [S, M], has the pages of S slots in order; it is there only during a step. Tokens lie inside of K so
+    that a head's keys are one piece of memory and the products with them need no transposed copy. (A leading axis of
+    one layer would make XLA's CPU back end copy the cache in every step.)
     """
 
     k: Any
     v: Any
-
-    @property
-    def length(self) -> int:
-        """T: positions a slot has room for."""
-        return self.k.shape[-2]
+    table: Any = None
 
     def attend_slot(
         self, slot: Int[Array, ""], positions: Int[Array, "1 T"], q: Array, k: Array, v: Array, **where: Any
     ) -> tuple[Float[Array, "1 T N H"], "KVCache"]:
         """Write keys and values at rising contiguous `positions` of a slot, and attend to that slot."""
+        row, start, count = self.table[slot], positions[0, 0], positions.shape[1]
 
-        def write(array: Float[Array, "S K T H"], new: Float[Array, "1 T K H"]) -> Array:
-            return jax.lax.dynamic_update_slice(
-                array, jnp.swapaxes(new, 1, 2).astype(array.dtype), (slot, 0, positions[0, 0], 0)
-            )
+        def write(pages: Float[Array, "P K PAGE H"], new: Float[Array, "1 T K H"]) -> Array:
+            rows = jnp.swapaxes(new[0], 0, 1).astype(pages.dtype)
+            if count == 1:
+                return jax.lax.dynamic_update_slice(pages, rows[None], (row[start // PAGE], 0, start % PAGE, 0))
+            # Page by page: a scatter is a loop over tokens on CPU.
+            rows = jnp.pad(rows, ((0, 0), (PAGE, PAGE), (0, 0)))
+            for i in range(-(-(count - 1) // PAGE) + 1):
+                first = (start // PAGE + i) * PAGE - start  # the page's first row, counted from `start`
+                number, inside = row[start // PAGE + i], first + jnp.arange(PAGE, dtype=jnp.int32)
+                fresh = jax.lax.dynamic_slice_in_dim(rows, first + PAGE, PAGE, axis=1)
+                old = jax.lax.dynamic_index_in_dim(pages, number, keepdims=False)
+                merged = jnp.where(((inside >= 0) & (inside < count))[:, None], fresh, old)
+                pages = jax.lax.dynamic_update_index_in_dim(pages, merged, number, axis=0)
+            return pages
 
-        def read(array: Float[Array, "S K T H"], start: Array) -> Float[Array, "1 K BLOCK H"]:
-            return jax.lax.dynamic_slice(array, (slot, 0, start, 0), (1, array.shape[1], BLOCK, array.shape[3]))
+        def read(pages: Float[Array, "P K PAGE H"], i: Array) -> Float[Array, "1 K PAGE H"]:
+            return jax.lax.dynamic_index_in_dim(pages, row[i])
 
         return _attend(write, read, positions, None, q, k, v, self, **where)
 
@@ -58,48 +67,64 @@ class KVCache:
     ) -> tuple[Float[Array, "S 1 N H"], "KVCache"]:
         """Write one key and value a slot, and attend with all slots; the cost follows the longest that is `live`."""
 
-        def write(array: Float[Array, "S K T H"], new: Float[Array, "S 1 K H"]) -> Array:
-            def one(slot: Array, row: Array, position: Array) -> Array:
-                return jax.lax.dynamic_update_slice(slot, row, (0, position, 0))
+        def write(pages: Float[Array, "P K PAGE H"], new: Float[Array, "S 1 K H"]) -> Array:
+            numbers = jnp.take_along_axis(self.table, positions[:, None] // PAGE, axis=1)[:, 0]
+            return pages.at[numbers, :, positions % PAGE].set(new[:, 0].astype(pages.dtype), mode="promise_in_bounds")
 
-            return jax.vmap(one)(array, jnp.swapaxes(new, 1, 2).astype(array.dtype), positions)
-
-        def read(array: Float[Array, "S K T H"], start: Array) -> Float[Array, "S K BLOCK H"]:
-            return jax.lax.dynamic_slice_in_dim(array, start, BLOCK, axis=2)
+        def read(pages: Float[Array, "P K PAGE H"], i: Array) -> Float[Array, "S K PAGE H"]:
+            numbers = jax.lax.dynamic_index_in_dim(self.table, i, axis=1, keepdims=False)
+            return pages.at[numbers].get(mode="promise_in_bounds")
 
         return _attend(write, read, positions[:, None], live, q, k, v, self, **where)
 
 
 type Cache = KVCache | PagedKVCache
+type AnyCache = Cache | tuple[Cache, ...] | PeerCache
 
 
-def allocate(
-    config: ModelConfig, *, slots: int, context: int, padding: int, dtype: Any, stacked: bool
-) -> Cache | tuple[Cache, ...]:
-    """Make an empty cache for `context` tokens a slot: one for all layers, or one for each where not `stacked`.
+def allocate(config: ModelConfig, *, pages: int, dtype: Any, stacked: bool) -> Cache | tuple[Cache, ...]:
+    """Make an empty cache of `pages` pages a layer: one for all layers, or one for each where not `stacked`.
 
-    For a Hopper GPU or a TPU it is in pages, one for all layers, where the model is one that the attention kernel can
-    do. A padded prompt chunk may write `padding` positions past the context, and idle slots write to the very last
-    position; neither is ever read, and neither may be moved back onto live keys as `dynamic_update_slice` would at the
-    end.
+    For a Hopper GPU or a TPU it is one for all layers where the model is one that the attention kernel can do.
     """
-    length = context + padding + 1
     if suits_pages(config, dtype):
-        return PagedKVCache.zeros(config, layers=config.num_layers, slots=slots, length=length, dtype=dtype)
+        return PagedKVCache.zeros(config, layers=config.num_layers, pages=pages, dtype=dtype)
 
     def zeros(layers: int | None) -> KVCache:
-        shape = (slots, config.num_kv_heads, -(-length // BLOCK) * BLOCK, config.head_dim)
+        shape = (pages, config.num_kv_heads, PAGE, config.head_dim)
         shape = shape if layers is None else (layers, *shape)
         return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
     return zeros(config.num_layers) if stacked else tuple(zeros(None) for _ in range(config.num_layers))
 
 
-def last_position(cache: Cache | tuple[Cache, ...] | PeerCache) -> int:
-    """Give the position that no request reaches."""
+def table_columns(*, context: int, padding: int) -> int:
+    """Give M, the pages that a row of the table has: a padded prompt chunk may go `padding` positions past the context.
+
+    The very last position is past them, for idle slots to write to: no request reaches it.
+    """
+    return -(-(context + padding + 1) // PAGE)
+
+
+def whole_table(*, slots: int, context: int, padding: int, pages: int) -> Int32[np.ndarray, "S M"]:
+    """Give a table in which every slot has pages for its whole context, in order; they share them where too few."""
+    own, columns = -(-context // PAGE), table_columns(context=context, padding=padding)
+    numbers = 1 + np.arange(slots * own, dtype=np.int32) % (pages - 1)
+    return np.pad(numbers.reshape(slots, own), ((0, 0), (0, columns - own)), constant_values=SCRATCH)
+
+
+def with_table(cache: AnyCache, table: Int32[Array, "S M"] | None) -> Any:
+    """Give a cache with the table that a step goes by, or with None as it is kept between steps."""
     if isinstance(cache, PeerCache):
-        return last_position(cache.cache)
-    return (cache[0] if isinstance(cache, tuple) else cache).length - 1
+        return dataclasses.replace(cache, cache=with_table(cache.cache, table))
+    if isinstance(cache, tuple):
+        return tuple(with_table(one, table) for one in cache)
+    return dataclasses.replace(cache, table=table)
+
+
+def last_position(table: Int32[Array, "S M"]) -> int:
+    """Give the position that no request reaches."""
+    return table.shape[1] * PAGE - 1
 
 
 def slot_attend(slot: Int[Array, ""], positions: Int[Array, "1 T"]) -> Partial:
@@ -139,13 +164,14 @@ def _attend(
     scale: float,
     rope: Rope,
 ) -> tuple[Float[Array, "B T N H"], KVCache]:
-    """Write a layer's new keys and values with `write`, and go over its blocks with `read`."""
+    """Write a layer's new keys and values with `write`, and go over its pages with `read`."""
     q, k = apply_rope(q, rope), apply_rope(k, rope)
     with jax.named_scope("cache_write"):
         keys, values = write(_layer(cache.k, layer), k), write(_layer(cache.v, layer), v)
     with jax.named_scope("cached_attention"):
         out = _online_attention(q, keys, values, positions, read, window=window, scale=scale, live=live)
-    return out, KVCache(k=_with_layer(cache.k, layer, keys), v=_with_layer(cache.v, layer, values))
+    k, v = _with_layer(cache.k, layer, keys), _with_layer(cache.v, layer, values)
+    return out, dataclasses.replace(cache, k=k, v=v)
 
 
 def _layer(array: Array, layer: Index) -> Array:
@@ -158,16 +184,16 @@ def _with_layer(array: Array, layer: Index, new: Array) -> Array:
 
 def _online_attention(
     q: Float[Array, "B T N H"],
-    keys: Float[Array, "S K C H"],
-    values: Float[Array, "S K C H"],
+    keys: Float[Array, "P K PAGE H"],
+    values: Float[Array, "P K PAGE H"],
     positions: Int[Array, "B T"],
-    read: Callable[[Array, Array], Float[Array, "B K BLOCK H"]],
+    read: Callable[[Array, Array], Float[Array, "B K PAGE H"]],
     *,
     window: Index,
     scale: float,
     live: Array | None,
 ) -> Float[Array, "B T N H"]:
-    """Go over the blocks that some live query sees, keeping a running maximum and sum in float32.
+    """Go over the pages that some live query sees, keeping a running maximum and sum in float32.
 
     Source: online softmax, Milakov and Gimelshein, arXiv 1805.02867.
     """
@@ -179,23 +205,23 @@ def _online_attention(
     last = jnp.max(jnp.where(used, positions, 0))
     first = jnp.maximum(jnp.min(jnp.where(used, positions, jnp.iinfo(jnp.int32).max)) - window + 1, 0)
 
-    def block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def page(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, out = carry
-        index = (i * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32))[None, None]
+        index = (i * PAGE + jnp.arange(PAGE, dtype=jnp.int32))[None, None]
         back = positions[..., None] - index
         seen = jnp.repeat((back >= 0) & (back < window), n // heads, axis=1)[:, None]
-        scores = jnp.einsum("bkqh,bksh->bkqs", grouped, read(keys, i * BLOCK), preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bkqh,bksh->bkqs", grouped, read(keys, i), preferred_element_type=jnp.float32)
         scores = jnp.where(seen, scores, _MASKED)
         new_top = jnp.maximum(top, scores.max(-1))
         weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
         fade = jnp.exp(top - new_top)
         products = jnp.einsum(
-            "bkqs,bksh->bkqh", weights.astype(values.dtype), read(values, i * BLOCK), preferred_element_type=jnp.float32
+            "bkqs,bksh->bkqh", weights.astype(values.dtype), read(values, i), preferred_element_type=jnp.float32
         )
         return new_top, total * fade + weights.sum(-1), out * fade[..., None] + products
 
     shape = grouped.shape[:-1]
     start = (jnp.full(shape, _MASKED), jnp.zeros(shape, jnp.float32), jnp.zeros(grouped.shape, jnp.float32))
-    _, total, out = jax.lax.fori_loop(first // BLOCK, last // BLOCK + 1, block, start)
+    _, total, out = jax.lax.fori_loop(first // PAGE, last // PAGE + 1, page, start)
     out = out / jnp.where(total > 0, total, 1.0)[..., None]
     return jnp.swapaxes(out.reshape(b, heads, t, n // heads, h), 1, 2).reshape(b, t, n, h).astype(q.dtype)

@@ -1,4 +1,4 @@
-"""The KV cache of fixed slots as pages, which the attention kernels for Hopper and for TPUs read where they are."""
+"""The KV cache as the attention kernels for Hopper and for TPUs read it: the pages of all layers in one array."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from pallas_kernels.dispatch import is_hopper, platform
@@ -37,41 +36,39 @@ def suits_pages(config: ModelConfig, dtype: Any) -> bool:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PagedKVCache:
-    """Keys and values of `slots` slots of `pages` pages each, `k` and `v`: [layers * slots * pages, K, PAGE, H].
+    """Keys and values of `layers` layers in P pages each, `k` and `v`: [layers * P, K, PAGE, H].
 
-    Page j of slot s in layer i is number `(i * slots + s) * pages + j`, so that no layer needs a slice of its own, and
-    a program two arrays for all of them. `table`, int32 [slots, pages], is there only in what `of_layer` gives. Where
-    a page is twice as wide as a head, two key heads share it, side by side. `windowed`: some layer has a window.
+    Page p of layer i is number `i * P + p`, so that no layer needs a slice of its own, and a program two arrays for all
+    of them. `table`, int32 [S, M], has the pages of S slots in order; it is there only during a step, and in what
+    `of_layer` gives it has that layer's numbers. Where a page is twice as wide as a head, two key heads share it, side
+    by side. `windowed`: some layer has a window.
     """
 
     k: Any
     v: Any
     table: Any = None
     layers: int = dataclasses.field(metadata={"static": True})
-    slots: int = dataclasses.field(metadata={"static": True})
     windowed: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
-    def zeros(cls, config: ModelConfig, *, layers: int, slots: int, length: int, dtype: Any) -> "PagedKVCache":
-        """Make an empty cache of `length` tokens or a few more a slot."""
-        pages = -(-length // PAGE)
+    def zeros(cls, config: ModelConfig, *, layers: int, pages: int, dtype: Any) -> "PagedKVCache":
+        """Make an empty cache of `pages` pages a layer."""
         beside = _LANES // config.head_dim if platform() == "tpu" and config.head_dim < _LANES else 1
         heads = -(-config.num_kv_heads // beside)
-        shape = (layers * slots * pages, heads, PAGE, beside * config.head_dim)
+        shape = (layers * pages, heads, PAGE, beside * config.head_dim)
         windowed = config.sliding_window is not None
-        return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), layers=layers, slots=slots, windowed=windowed)
+        return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), layers=layers, windowed=windowed)
 
-    @property
-    def length(self) -> int:
-        """Positions a slot has room for."""
-        return self.k.shape[0] // (self.layers * self.slots) * PAGE
+    def of_layer(self, layer: int) -> "PagedKVCache":
+        """Give the cache with the page numbers of one layer; `with_layer` takes back what became of it.
 
-    def of_layer(self, layer: int | None) -> "PagedKVCache":
-        """Give the cache with the page numbers of one layer as a constant, or with None without them again.
-
-        Adding them up in the program would be a launch in each layer.
+        The sums for all layers have one operand, and XLA makes one launch of them.
         """
-        return dataclasses.replace(self, table=None if layer is None else self._numbers + layer * self._numbers.size)
+        return dataclasses.replace(self, table=self._table(layer))
+
+    def with_layer(self, part: "PagedKVCache") -> "PagedKVCache":
+        """Give this cache with the pages as a layer left them."""
+        return dataclasses.replace(self, k=part.k, v=part.v)
 
     def attend_slot(
         self,
@@ -124,12 +121,8 @@ class PagedKVCache:
         out, keys, values = paged_decode(qkv, rotation, self.k, self.v, self._table(layer), lengths, **options)
         return split(out[:, None]), dataclasses.replace(self, k=keys, v=values)
 
-    @property
-    def _numbers(self) -> Int32[np.ndarray, "S M"]:
-        return np.arange(self.k.shape[0] // self.layers, dtype=np.int32).reshape(self.slots, -1)
-
     def _table(self, layer: Index) -> Int32[Array, "S M"]:
-        return jnp.asarray(self._numbers + layer * self._numbers.size if self.table is None else self.table)
+        return self.table + layer * (self.k.shape[0] // self.layers)
 
     def _window(self, window: Index) -> Index | None:
         """Give a layer's window, or None where it is known to be none."""

@@ -84,7 +84,7 @@ def _iterations(runner: Runner, *, decodes: int, chunk: int, context: int, level
         token: Any = None
         begin = time.perf_counter()
         if chunk:
-            where = {"slot": runner.slots - 1, "start": context, "bucket": chunk}
+            where: dict[str, Any] = {"slot": runner.slots - 1, "start": context, "bucket": chunk}
             token = runner.prefill([0] * chunk, **where, last=True, params=greedy, level=level)
         if decodes:
             token = runner.decode(active)

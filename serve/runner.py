@@ -12,10 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Bool, Int
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Int, Int32
 
 from pallas_kernels.peer_reduce import PeerLostError, empty_inbox
-from serve.cache import Cache, KVCache, allocate, batch_attend, last_position, slot_attend
+from serve.cache import (
+    Cache,
+    KVCache,
+    allocate,
+    batch_attend,
+    last_position,
+    slot_attend,
+    whole_table,
+    with_table,
+)
+from serve.paged_cache import PAGE
 from serve.request import SamplingParams
 from serve.sampling import Logprobs, SamplingState, likeliest, log_probabilities, sample, with_prompt
 from spear_jax.models.decoder import Decoder
@@ -35,10 +46,12 @@ class DeviceState:
     """What a step reads and replaces, donated each time.
 
     `token` [S] is the last token of each slot, not yet in the cache; `hidden` [S, D] is what the last step chose it
-    from; `length` [S] counts those in the cache; `history` [S, V] is what penalties go by.
+    from; `length` [S] counts those in the cache; `history` [S, V] is what penalties go by. `table` [S, M] has the pages
+    of each slot.
     """
 
     cache: Cache | tuple[Cache, ...] | PeerCache
+    table: Any
     token: Any
     hidden: Any
     length: Any
@@ -74,6 +87,7 @@ class Runner:
         context: int,
         buckets: Sequence[int],
         lone_program: bool,
+        pages: int | None = None,
         greedy_program: bool = False,
         steps_per_call: int = 1,
         logits: Logits = Decoder.logits,
@@ -85,8 +99,7 @@ class Runner:
         self.buckets = tuple(sorted(buckets))
         leaves, tree = jax.tree.flatten(model)
         self._leaves: list[Array] = _committed(leaves)
-        sizes = {"slots": slots, "context": context, "padding": self.buckets[-1]}
-
+        sizes = {"slots": slots, "context": context, "padding": self.buckets[-1], "pages": pages}
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model)  # not its arrays
 
         def idle() -> DeviceState:
@@ -96,6 +109,7 @@ class Runner:
         self._idle_state = idle
         self._state: DeviceState = idle()
         self.cache_bytes = weight_bytes(self._state.cache)
+        self._renumber = jax.jit(_renumbered, donate_argnums=0, out_shardings=self._state.table.sharding)
         self._mesh, self._checked = mesh, time.monotonic()
         jit = functools.partial(_jit, logits=logits, options=compiler_options, mesh=mesh)
         compiled = functools.partial(jit, tree)
@@ -122,6 +136,10 @@ class Runner:
         cache = cache.cache if isinstance(cache, PeerCache) else cache
         return not isinstance(cache[0] if isinstance(cache, tuple) else cache, KVCache)
 
+    def use_table(self, table: Int32[np.ndarray, "S M"]) -> None:
+        """Give every slot its pages, from the next call on; 0 is the page that nobody owns."""
+        self._state = dataclasses.replace(self._state, table=self._renumber(self._state.table, table.copy()))
+
     def pretend(self, length: int) -> None:
         """Say that every slot holds `length` tokens, whatever is in the cache: for measuring."""
         held = self._state.length
@@ -139,10 +157,17 @@ class Runner:
         last: bool,
         params: SamplingParams,
         level: int = 0,
+        first: bool | None = None,
+        answered: int = 0,
     ) -> Int[Array, ""]:
-        """Run `tokens` of a prompt from position `start` in a slot; with `last`, the result is the first new token."""
+        """Run `tokens` of a prompt from position `start` in a slot; with `last`, the result is the first new token.
+
+        The `first` chunk of a request, by default the one at 0, begins the slot's history anew; where what is before it
+        is in the cache already, history does not know of it. The last `answered` tokens count as generated.
+        """
         self._special[slot] = not params.plain
-        arguments = self._prefill_arguments(tokens, slot=slot, start=start, bucket=bucket, last=last, params=params)
+        place = {"slot": slot, "start": start, "first": start == 0 if first is None else first, "answered": answered}
+        arguments = self._prefill_arguments(tokens, bucket=bucket, last=last, params=params, **place)
         program, leaves = self._lighter[level - 1] if level else (self._prefill, self._leaves)
         token, self._state = program(leaves, self._state, *arguments)
         return token
@@ -156,11 +181,19 @@ class Runner:
 
     @staticmethod
     def _prefill_arguments(
-        tokens: Sequence[int], *, slot: int, start: int, bucket: int, last: bool, params: SamplingParams
+        tokens: Sequence[int],
+        *,
+        slot: int,
+        start: int,
+        bucket: int,
+        last: bool,
+        params: SamplingParams,
+        first: bool = True,
+        answered: int = 0,
     ) -> tuple[Any, ...]:
         padded = np.zeros((1, bucket), np.int32)
         padded[0, : len(tokens)] = tokens
-        return padded, np.array([slot, start, len(tokens), last], np.int32), SamplingState.of([params])
+        return padded, np.array([slot, start, len(tokens), last, first, answered], np.int32), SamplingState.of([params])
 
     def decode(self, active: Bool[np.ndarray, " S"]) -> Int[Array, " S"]:
         """Give every active slot its next token; other entries mean nothing.
@@ -260,22 +293,27 @@ class Runner:
                 yield name
 
 
-def empty_state(model: Decoder, *, slots: int, context: int, padding: int, devices: int = 1) -> DeviceState:
-    """Make the state of idle slots, each with room for `context` tokens, and `padding` past them for chunks.
+def empty_state(
+    model: Decoder, *, slots: int, context: int, padding: int, pages: int | None = None, devices: int = 1
+) -> DeviceState:
+    """Make the state of idle slots, for `context` tokens each at most, and `padding` past them for chunks.
+
+    There are so many `pages`, one of them nobody's; by default as many as all slots can fill. In the table at first
+    each slot has pages for its whole context; where there are too few for that they are shared.
 
     A part of a model that is divided over several devices gets what one of them holds.
     """
     stacked = not hasattr(model.layers, "__len__")
     greedy = SamplingParams(max_tokens=1, temperature=0.0)
-    cache: Any = allocate(
-        model.config, slots=slots, context=context, padding=padding, dtype=model.dtype, stacked=stacked
-    )
+    pages = 1 + slots * -(-context // PAGE) if pages is None else pages
+    cache: Any = allocate(model.config, pages=pages, dtype=model.dtype, stacked=stacked)
     if sums_by_inbox(model):
         rows = min(MOST_ROWS, max(slots, padding))
         inbox = empty_inbox(devices=devices, rows=rows, columns=model.config.hidden_size)
         cache = PeerCache(cache=cache, inbox=inbox)
     return DeviceState(
         cache=cache,
+        table=jnp.asarray(whole_table(slots=slots, context=context, padding=padding, pages=pages)),
         token=jnp.zeros(slots, jnp.int32),
         hidden=jnp.zeros((slots, model.config.hidden_size), model.dtype),
         length=jnp.zeros(slots, jnp.int32),
@@ -284,7 +322,7 @@ def empty_state(model: Decoder, *, slots: int, context: int, padding: int, devic
     )
 
 
-def _state_of_parts(model: Decoder, mesh: Mesh, **sizes: int) -> DeviceState:
+def _state_of_parts(model: Decoder, mesh: Mesh, **sizes: Any) -> DeviceState:
     """Make the states of all devices side by side, each where it belongs."""
 
     def build() -> DeviceState:
@@ -325,27 +363,43 @@ def _jit(
     return jax.jit(run, **settings)
 
 
+def _renumbered(table: Int[Array, "*D S M"], new: Int[Array, "S M"]) -> Int[Array, "*D S M"]:
+    """Write a table in the place of another: what XLA has of it in CUDA graphs stays where it is."""
+    return jnp.where(new >= 0, new, table)
+
+
+def _run(model: Decoder, state: DeviceState, tokens: Array, positions: Array, attend: Partial) -> tuple[Array, Any]:
+    """Run the model with the pages of the state's table; give what it gives, the cache again without it."""
+    hidden, cache = model(tokens, positions, attend=attend, cache=with_table(state.cache, state.table))
+    return hidden, with_table(cache, None)
+
+
 def prefill_step(
     model: Decoder,
     logits: Logits,
     state: DeviceState,
     tokens: Int[Array, "1 T"],
-    place: Int[Array, "4"],
+    place: Int[Array, "6"],
     params: SamplingState,
 ) -> tuple[Int[Array, ""], DeviceState]:
-    """Run a piece of a prompt; `place` is its slot, its first position, its length, and whether it is the last."""
-    slot, start, length, last = place
+    """Run a piece of a prompt.
+
+    `place` is its slot, its first position, its length, whether it is the prompt's last, whether it is the first that
+    runs of it, and how many of its tokens were generated before.
+    """
+    slot, start, length, last, first, answered = place
     positions = (start + jnp.arange(tokens.shape[1], dtype=jnp.int32))[None]
-    hidden, cache = model(tokens, positions, attend=slot_attend(slot, positions), cache=state.cache)
+    hidden, cache = _run(model, state, tokens, positions, slot_attend(slot, positions))
     end = start + length
-    history = with_prompt(state.history[slot], tokens[0], length, first=start == 0)
+    history = with_prompt(state.history[slot], tokens[0], length, answered=answered, first=first > 0)
     final = jax.lax.dynamic_index_in_dim(hidden, length - 1, axis=1, keepdims=False)
 
     def first_token() -> Int[Array, "1"]:
         return sample(logits(model, final), params, end[None], history[None])
 
     token = jax.lax.cond(last > 0, first_token, lambda: jnp.zeros(1, jnp.int32))
-    return token[0], DeviceState(
+    return token[0], dataclasses.replace(
+        state,
         cache=cache,
         token=state.token.at[slot].set(token[0]),
         hidden=state.hidden.at[slot].set(final[0]),
@@ -381,10 +435,8 @@ def _step(
     active: Bool[Array, " S"],
     choose: Callable[[Array, Array], Array],
 ) -> tuple[Int[Array, " S"], DeviceState]:
-    positions = jnp.where(active, state.length, last_position(state.cache))
-    hidden, cache = model(
-        state.token[:, None], positions[:, None], attend=batch_attend(positions, active), cache=state.cache
-    )
+    positions = jnp.where(active, state.length, last_position(state.table))
+    hidden, cache = _run(model, state, state.token[:, None], positions[:, None], batch_attend(positions, active))
     drawn = choose(logits(model, hidden[:, 0]), positions + 1)
     token = jnp.where(active, drawn, state.token)
     return token, dataclasses.replace(
@@ -423,7 +475,7 @@ def _decode_one(
 ) -> tuple[Int[Array, " S"], DeviceState]:
     position = state.length[slot][None]
     where = position[:, None]
-    hidden, cache = model(state.token[slot][None, None], where, attend=slot_attend(slot, where), cache=state.cache)
+    hidden, cache = _run(model, state, state.token[slot][None, None], where, slot_attend(slot, where))
     params = jax.tree.map(lambda leaf: leaf[slot][None], state.sampling)
     drawn = sample(logits(model, hidden[:, 0]), params, position + 1, state.history[slot][None])[0]
     return state.token.at[slot].set(drawn), dataclasses.replace(

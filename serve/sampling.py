@@ -137,11 +137,21 @@ def likeliest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
 
 
 def with_prompt(
-    history: Int[Array, " V"], tokens: Int[Array, " T"], length: Int[Array, ""], *, first: Bool[Array, ""]
+    history: Int[Array, " V"],
+    tokens: Int[Array, " T"],
+    length: Int[Array, ""],
+    *,
+    answered: Int[Array, ""],
+    first: Bool[Array, ""],
 ) -> Int[Array, " V"]:
-    """Note the first `length` of a prompt's tokens in the history of a slot; with `first` it begins anew."""
-    known = jnp.where(jnp.arange(tokens.shape[0]) < length, tokens, _NO_TOKEN)
-    return jnp.where(first, 0, history).at[known].max(_PROMPT, mode="drop")
+    """Note the first `length` tokens of a chunk in the history of a slot; with `first` it begins anew.
+
+    The last `answered` of them were generated before, in a slot that was taken away.
+    """
+    index = jnp.arange(tokens.shape[0])
+    prompt = jnp.where(index < length - answered, tokens, _NO_TOKEN)
+    answer = jnp.where((index >= length - answered) & (index < length), tokens, _NO_TOKEN)
+    return jnp.where(first, 0, history).at[prompt].max(_PROMPT, mode="drop").at[answer].add(1, mode="drop")
 
 
 def changed_logits(

@@ -221,7 +221,7 @@ class Decoder(nnx.Module):
         """Compute hidden states after the final norm, and the updated cache; positions default to 0, 1, ...
 
         Where layers are stacked, `cache` is one for all of them; where they are separate, a tuple with one for each,
-        or one whose `of_layer(i)` gives what layer i takes, and `of_layer(None)` of its result the whole again.
+        or one whose `of_layer(i)` gives what layer i takes, and `with_layer` takes what that became.
         Separate layers of one window are traced once for all, if their arrays are alike and `attend` is a
         `jax.tree_util.Partial` or a function without captured arrays.
         """
@@ -242,7 +242,7 @@ class Decoder(nnx.Module):
                     if cache is not None:
                         part = cache.of_layer(i) if whole else cache[i]
                     x, update, part = _separate_layer(layer, x, update, ropes, part, partial, own, window=windows[i])
-                    cache = part.of_layer(None) if whole else cache
+                    cache = cache.with_layer(part) if whole else cache
                     caches.append(part)
                 cache = tuple(caches) if isinstance(cache, tuple) else cache
             else:

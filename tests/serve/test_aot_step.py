@@ -52,8 +52,8 @@ def test_a_layer_of_a_decode_step_launches_what_it_must(reports, program: str):
     kernels = [name for name in launched if name.startswith("custom-call")]
     count = collections.Counter(name.split("/")[2] for name in kernels)
     assert count == dict.fromkeys((*MATMULS, "paged_decode"), LAYERS) | {"rmsnorm_project": 2 * LAYERS}
-    # Once a step: lengths, angles, the embedding, and the zeros that the first layer adds to it.
-    assert len(launched) - len(kernels) <= 4, "\n".join(launched)
+    # Once a step: lengths, angles, the embedding, the zeros that the first layer adds to it, the page numbers of all.
+    assert len(launched) - len(kernels) <= 5, "\n".join(launched)
 
 
 @pytest.mark.parametrize("program", ["decode", "greedy"])

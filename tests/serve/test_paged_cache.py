@@ -1,4 +1,4 @@
-"""A cache in pages gives the tokens that the cache without them gives."""
+"""A cache in pages that kernels read gives the tokens that XLA's gives, wherever the pages are."""
 
 import dataclasses
 
@@ -8,8 +8,8 @@ import pytest
 
 from pallas_kernels.dispatch import compiling_for
 from serve import cache as cache_module
-from serve.cache import KVCache, allocate
-from serve.paged_cache import PagedKVCache, suits_pages
+from serve.cache import SCRATCH, KVCache, allocate
+from serve.paged_cache import PAGE, PagedKVCache, suits_pages
 from serve.request import SamplingParams
 from serve.runner import Runner
 from spear_jax.config import ModelConfig
@@ -21,18 +21,26 @@ CONFIG = tiny_config(tie_embeddings=False)
 
 
 def allocated(**changes):
-    options = {"slots": 2, "context": 100, "padding": 16, "dtype": jnp.bfloat16, "stacked": False}
+    options = {"pages": 5, "dtype": jnp.bfloat16, "stacked": False}
     return allocate(tiny_config(**({"head_dim": 64} | changes.pop("config", {}))), **(options | changes))
 
 
-def tokens_of(layout: str, config: ModelConfig = CONFIG) -> list[list[int]]:
-    """Tokens of three slots: prompts of several chunks, one slot idle for a while, one used twice."""
+def tokens_of(layout: str, config: ModelConfig = CONFIG, *, moved: bool = False) -> list[list[int]]:
+    """Tokens of three slots: prompts of several chunks, one slot idle for a while, one used twice.
+
+    With `moved`, slots have pages anywhere, no more than they need, and get others when they are used again.
+    """
     model = Decoder.from_weights(config, random_weights(config), dtype=jnp.float32)
     model = unstack(model) if layout == "separate" else model
-    runner = Runner(model, slots=3, context=150, buckets=(8, 16), lone_program=False)
+    runner = Runner(model, slots=3, context=150, buckets=(8, 16), lone_program=False, pages=20 if moved else None)
     rng, out = np.random.default_rng(0), []
+    places, table = np.random.default_rng(1).permutation(np.arange(1, 20)).tolist(), np.zeros((3, 3), np.int32)
 
     def start(slot: int, length: int) -> None:
+        if moved:
+            needed = -(-(length + 50) // PAGE)
+            table[slot] = [places.pop() if i < needed else SCRATCH for i in range(3)]
+            runner.use_table(table)
         prompt = rng.integers(0, 96, length).tolist()
         for done in range(0, length, 16):
             part, last = prompt[done : done + 16], done + 16 >= length
@@ -54,10 +62,11 @@ def tokens_of(layout: str, config: ModelConfig = CONFIG) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("layout", ["stacked", "separate"])
-def test_tokens_are_those_of_the_cache_without_pages(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_the_same_wherever_the_pages_are(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = tokens_of(layout)
+    assert tokens_of(layout, moved=True) == expected
     monkeypatch.setattr(cache_module, "suits_pages", lambda *_: True)
-    assert tokens_of(layout) == expected
+    assert tokens_of(layout, moved=True) == expected
 
 
 @pytest.mark.parametrize("layout", [pytest.param("stacked", marks=pytest.mark.slow), "separate"])
@@ -68,7 +77,7 @@ def test_tokens_are_the_same_with_heads_side_by_side_and_windows(layout: str, mo
     expected = tokens_of(layout, config)
     monkeypatch.setattr(cache_module, "suits_pages", lambda *_: True)
     with compiling_for("tpu"):
-        shape = allocate(config, slots=1, context=60, padding=3, dtype=jnp.float32, stacked=True).k.shape
+        shape = allocate(config, pages=1, dtype=jnp.float32, stacked=True).k.shape
         assert shape == (3, 1, 64, 128)
         assert tokens_of(layout, config) == expected
 
@@ -79,15 +88,14 @@ def test_pages_are_for_accelerators_alone() -> None:
         for stacked in (True, False):
             whole = allocated(stacked=stacked)
             assert isinstance(whole, PagedKVCache)
-            assert whole.k.shape == (3 * 2 * 2, 2, 64, 64)
-            assert whole.length == 128
+            assert whole.k.shape == (3 * 5, 2, 64, 64)
         assert isinstance(allocated(dtype=jnp.float32)[0], KVCache)
         assert isinstance(allocated(config={"sliding_window": 20})[0], KVCache)
     with compiling_for("tpu"):
         windowed = allocated(config={"sliding_window": 20})
         assert isinstance(windowed, PagedKVCache)
         assert windowed.windowed
-        assert windowed.k.shape == (3 * 2 * 2, 1, 64, 128)
+        assert windowed.k.shape == (3 * 5, 1, 64, 128)
         assert isinstance(allocated(config={"head_dim": 96})[0], KVCache)
 
 

@@ -138,7 +138,11 @@ def test_penalties_and_biases(seed: int, presence: float, frequency: float, repe
         presence_penalty=presence, frequency_penalty=frequency, repetition_penalty=repetition,
         logit_bias=tuple(biases.items()),
     )  # fmt: skip
-    history = np.array(with_prompt(np.full(VOCAB, 5, np.int32), prompt.astype(np.int32), 30, first=np.bool_(True)))
+    history = np.array(
+        with_prompt(
+            np.full(VOCAB, 5, np.int32), prompt.astype(np.int32), 30, answered=np.int32(0), first=np.bool_(True)
+        )
+    )
     np.add.at(history, answer, 1)
     changed = _changed(logits, SamplingState.of([params(), p]), np.stack([history, history]))
     np.testing.assert_array_equal(changed[0], logits[0])
