@@ -71,15 +71,14 @@ def choose_column(
 
 
 def plan(
-    table: LatencyTable, running: Running, *, start: Any, joins: Any, droppable: Any, urgent: Any, now: Any, share: Any
+    table: LatencyTable, running: Running, *, budget: Any, start: Any, joins: Any, droppable: Any, urgent: Any, now: Any
 ) -> tuple[Bool[Either, " S"], Int[Either, ""], Int[Either, ""]]:
     """Give who decodes in this iteration, and column and set of the chunk of a prompt that goes on at `start`.
 
     All decode, unless the prompt is `urgent` and would get a larger chunk if those ahead of their TPOT waited. `joins`
-    counts sequences that will decode in this iteration as their prompt ends; `share` of the budget is used.
+    counts sequences that will decode in this iteration as their prompt ends; `budget` is in seconds.
     """
     xp = table.seconds.__array_namespace__()
-    budget = share * step_budget(running, now=now)
 
     def choose(run: Bool[Either, " S"]) -> tuple[Either, Either, Either]:
         seconds = table.step(xp.sum(run) + joins, typical_context(table, running.context, run), start)
@@ -91,6 +90,98 @@ def plan(
     _, larger, other = choose(needed)
     skip = urgent & ((larger > column) | ((larger == column) & (other < level)))
     return xp.where(skip, needed, everyone), xp.where(skip, larger, column), xp.where(skip, other, level)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Iteration:
+    """What is decided of an iteration so far: `run` [S] will decode, chunks of prompts have `tokens` and take `seconds`.
+
+    In all it may take `budget` seconds or, where these are not limited, `room` more tokens (padding included). It is
+    `open` while another chunk may follow.
+    """
+
+    run: Any
+    tokens: Any
+    seconds: Any
+    budget: Any
+    room: Any
+    open: Any
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """The prompt that is next: its slot, where it goes on and the tokens left, and seconds that its answer allows a gap.
+
+    `droppable`, `urgent` (late if it goes on at its pace) and `overdue` (it goes on whatever the limits) are booleans.
+    """
+
+    slot: Any
+    start: Any
+    left: Any
+    limit: Any
+    droppable: Any
+    urgent: Any
+    overdue: Any
+
+
+def begin_iteration(running: Running, *, now: Any, share: Any, room: Any) -> Iteration:
+    """Begin an iteration of all who decode, with room for so many prompt tokens where time is not limited."""
+    budget = share * step_budget(running, now=now)
+    none = running.itl.__array_namespace__().zeros_like(budget)
+    return Iteration(run=running.decoding, tokens=none, seconds=none, budget=budget, room=room, open=none == 0)
+
+
+def next_chunk(
+    table: LatencyTable | None, buckets: Int[Either, " C"], running: Running, so_far: Iteration, prompt: Prompt, *,
+    now: Any, share: Any,
+) -> tuple[Int[Either, ""], Int[Either, ""], Int[Either, ""], Iteration]:  # fmt: skip
+    """Give the next chunk of an iteration: (tokens, index of the bucket, set of compensators), and what follows from it.
+
+    The index is -1 if there is none: the iteration ends with a decode step. Without limits on time, chunks are taken
+    while there is room. With them the first is as large as `plan` says; others follow while there is time, unless they
+    would bring fewer tokens a second than the iteration does without: each is a program of its own, and small ones are
+    better left for later. A prompt whose last chunk this is sets a limit for the rest of the iteration, as its second
+    token comes at its end.
+    """
+    xp = buckets.__array_namespace__()
+    first = so_far.tokens == 0
+    fitting = xp.searchsorted(buckets, so_far.room, side="right")
+    column = xp.where(first & (so_far.room > 0), xp.maximum(fitting, 1), fitting)
+    run, level = so_far.run, xp.zeros_like(column)
+    if table is not None:
+        limited = so_far.budget < share * UNBOUNDED
+        planned, timed, other = plan(
+            table, dataclasses.replace(running, decoding=run), budget=so_far.budget - so_far.seconds,
+            start=prompt.start, joins=xp.where(prompt.left <= buckets[-1], 1, 0), droppable=first & prompt.droppable,
+            urgent=first & prompt.urgent, now=now,
+        )  # fmt: skip
+        forced = first & prompt.overdue & (timed < 1)
+        fewest = xp.where(prompt.droppable, table.seconds.shape[0] - 1, 0)
+        column = xp.where(limited, xp.where(forced, 1, timed), column)
+        level = xp.where(limited, xp.where(forced, fewest, other), level)
+        run = xp.where(limited, planned, run)
+    length, index = choose_chunk(prompt.left, buckets, largest=xp.maximum(column - 1, 0))
+    goes, seconds = so_far.open & (column > 0), so_far.seconds
+    tokens = xp.asarray(length, dtype=so_far.tokens.dtype)
+    if table is not None:
+        own = table.at(0, prompt.start)[level, index + 1]
+        whole = seconds + table.at(xp.sum(run), typical_context(table, running.context, run))[0, 0]
+        goes = goes & (first | ~limited | (tokens * whole >= own * so_far.tokens))
+        seconds = seconds + own
+    ends = length == prompt.left
+    after = Iteration(
+        run=run | (ends & (xp.arange(run.shape[0]) == prompt.slot)),
+        tokens=so_far.tokens + tokens,
+        seconds=seconds,
+        budget=xp.where(ends, xp.minimum(so_far.budget, seconds + share * prompt.limit), so_far.budget),
+        room=so_far.room - buckets[index],
+        open=ends,
+    )
+    # Field by field: of numpy's arrays there is no tree of jax.
+    kept = {f.name: xp.where(goes, getattr(after, f.name), getattr(so_far, f.name)) for f in dataclasses.fields(after)}
+    return length, xp.where(goes, index, -1), level, Iteration(**kept)
 
 
 def typical_context(table: LatencyTable, context: Float[Either, " S"], run: Bool[Either, " S"]) -> Float[Either, ""]:

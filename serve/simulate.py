@@ -82,12 +82,11 @@ class SimulateConfig:
 class PromptsFirst(SlotScheduler):
     """Runs prompts alone as soon as there are any, as early servers with continuous batching did."""
 
-    def cut_by_tokens(
-        self, run: Bool[np.ndarray, " S"], now: float
-    ) -> tuple[Bool[np.ndarray, " S"], list[tuple[Request, Chunk]]]:
-        """Let nobody decode beside prompts."""
-        _, chunks = super().cut_by_tokens(run, now)
-        return np.zeros_like(run), chunks
+    def cut(self, now: float) -> tuple[Bool[np.ndarray, " S"], list[tuple[Request, Chunk]]]:
+        """Let nobody decode beside prompts but those that they belong to."""
+        ready = self.running.decoding.copy()
+        run, chunks = super().cut(now)
+        return run & ~ready, chunks
 
     def prompt_tokens_beside(self, run: Bool[np.ndarray, " S"]) -> int:
         """Give the tokens of an iteration of prompts."""

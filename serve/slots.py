@@ -9,7 +9,16 @@ from jaxtyping import Bool, Float
 
 from serve.latency import Drift, LatencyTable
 from serve.request import UNBOUNDED, Request, Slo
-from serve.scheduler import Running, choose_chunk, first_token_times, plan, queue_order, step_budget, typical_context
+from serve.scheduler import (
+    Prompt,
+    Running,
+    begin_iteration,
+    first_token_times,
+    next_chunk,
+    queue_order,
+    step_budget,
+    typical_context,
+)
 
 _EXPECTED_TOKENS = 256.0
 """Length of an answer, until some have ended."""
@@ -135,9 +144,8 @@ class SlotScheduler:
         running, ready = self.running, self.running.decoding.copy()
         run, chunks = ready, []
         if self.prefilling:
-            run, chunks = (self._cut_by_time if self._limited(now) else self.cut_by_tokens)(ready, now)
+            run, chunks = self.cut(now)
         skipped = int((ready & ~run).sum())
-        run = run | (running.decoding & ~ready)  # prompts that end in this iteration
         predicted = self._predict(run, chunks)
         running.generated[run] += 1
         running.context[run] += 1
@@ -186,13 +194,6 @@ class SlotScheduler:
         self._free.append(slot)
         self._free.sort()
         return True
-
-    def _limited(self, now: float) -> bool:
-        """Say whether someone who decodes, or will once its prompt is through, has a limit on the time of tokens."""
-        if self.timing is None:
-            return False
-        coming = map(self._limit_of, self.prefilling)
-        return bool(min(step_budget(self.running, now=now), *coming) < UNBOUNDED)
 
     @property
     def _table(self) -> LatencyTable:
@@ -247,98 +248,44 @@ class SlotScheduler:
         context = (len(request.prompt) + self.held_tokens) / len(holders)
         return limit == UNBOUNDED or bool(self._table.at(len(holders), context)[0, 0] <= self.timing.share * limit)
 
-    def cut_by_tokens(
-        self, run: Bool[np.ndarray, " S"], now: float
-    ) -> tuple[Bool[np.ndarray, " S"], list[tuple[Request, Chunk]]]:
-        """Give who of `run` decodes, and the chunks beside, where time is not limited."""
-        tokens = self.prompt_tokens_beside(run)
+    def cut(self, now: float) -> tuple[Bool[np.ndarray, " S"], list[tuple[Request, Chunk]]]:
+        """Give who decodes in an iteration, and the chunks beside; prompts that end decode in it as well."""
+        running = self.running
+        table, share = (None, 1.0) if self.timing is None else (self._table, self.timing.share)
+        room = self.prompt_tokens_beside(running.decoding)
+        so_far = begin_iteration(running, now=now, share=share, room=room)
         chunks: list[tuple[Request, Chunk]] = []
         for request in self._ordered(self.prefilling, now):
-            if tokens <= 0 or (chunks and self.buckets[0] > tokens):
+            prompt = self.prompt_of(request, now)
+            length, index, level, so_far = next_chunk(
+                table, self.buckets, running, so_far, prompt, now=now, share=share
+            )
+            if index < 0:
                 break
-            largest = max(int(np.searchsorted(self.buckets, tokens, side="right")) - 1, 0)
-            chunk = self._cut(request, largest=largest, level=0)
+            chunk = Chunk(
+                slot=prompt.slot, start=prompt.start, length=int(length), bucket=int(self.buckets[index]),
+                last=bool(length == prompt.left), level=int(level),
+            )  # fmt: skip
             self._take(request, chunk, now)
             chunks.append((request, chunk))
-            tokens -= chunk.bucket
             if not chunk.last:
                 break
-        return run, chunks
+        return so_far.run & running.decoding, chunks
 
-    def _cut_by_time(
-        self, run: Bool[np.ndarray, " S"], now: float
-    ) -> tuple[Bool[np.ndarray, " S"], list[tuple[Request, Chunk]]]:
-        """Give the same where time is limited.
-
-        After the first chunk others follow while there is time, unless they would bring fewer prompt tokens a second
-        than the iteration does without: as each is a program of its own, small ones are better left for later.
-        """
-        assert self.timing is not None
-        share, table, running = self.timing.share, self._table, self.running
-        budget, tokens = share * float(step_budget(running, now=now)), self.prompt_tokens_beside(run)
-        limited = budget < share * UNBOUNDED
-        chunks: list[tuple[Request, Chunk]] = []
-        spent = 0.0  # by chunks
-        for joined, request in enumerate(self._ordered(self.prefilling, now)):
-            start = self.prefilling[request][1]
-            alone = table.at(0, start)
-            if limited and not chunks:
-                run, column, level = self._plan(table, request, now)
-                context = typical_context(table, running.context, run)
-                alone = table.step(run.sum(), context, start) - self._decode_seconds(table, run, 0)
-            else:
-                left = budget - spent - self._decode_seconds(table, run, joined + 1)
-                column, level = int(np.searchsorted(alone[0], left, side="right")) - 1, 0
-                if not limited:
-                    column = min(column, int(np.searchsorted(table.chunks, tokens, side="right")) - 1)
-            if column < 1 and (limited or chunks):
-                break
-            chunk = self._cut(request, largest=max(column - 1, 0), level=level)
-            own = float(alone[level, self._column(chunk)])
-            whole = spent + self._decode_seconds(table, run, joined)
-            if chunks and chunk.length * whole < own * sum(other.length for _, other in chunks):
-                break
-            self._take(request, chunk, now)
-            chunks.append((request, chunk))
-            spent += own
-            tokens -= chunk.bucket
-            if not chunk.last:
-                break
-            # Its second token comes at the end of this iteration: so long after the first as what follows takes.
-            budget = min(budget, spent + share * self._limit_of(request))
-        return run, chunks
-
-    def _decode_seconds(self, table: LatencyTable, run: Bool[np.ndarray, " S"], joined: int) -> float:
-        """Give the seconds of a decode step of `run`, and of so many more."""
-        context = typical_context(table, self.running.context, run)
-        return float(table.at(run.sum() + joined, context)[0, 0])
-
-    def _plan(self, table: LatencyTable, request: Request, now: float) -> tuple[Bool[np.ndarray, " S"], int, int]:
-        assert self.timing is not None
-        _, done = self.prefilling[request]
-        remaining = len(request.prompt) - done
-        deadline = request.arrival + self.slo[request].ttft
-        run, column, level = plan(
-            table,
-            self.running,
+    def prompt_of(self, request: Request, now: float) -> Prompt:
+        """Give what the policy is told of a prompt that has a slot."""
+        slot, done = self.prefilling[request]
+        left, deadline = len(request.prompt) - done, request.arrival + self.slo[request].ttft
+        timing = self.timing
+        return Prompt(
+            slot=slot,
             start=done,
-            joins=int(remaining <= self.buckets[-1]),
+            left=left,
+            limit=self._limit_of(request),
             droppable=request.droppable,
-            urgent=now < deadline < now + remaining * self._pace([request], now),
-            now=now,
-            share=self.timing.share,
+            urgent=timing is not None and now < deadline < now + left * self._pace([request], now),
+            overdue=timing is not None and now - request.arrival > timing.aging,
         )
-        if column < 1 and now - request.arrival > self.timing.aging:
-            column, level = 1, len(table.seconds) - 1 if request.droppable else 0
-        return np.asarray(run), int(column), int(level)
-
-    def _cut(self, request: Request, *, largest: int, level: int) -> Chunk:
-        """Give the next chunk of a prompt, of no bucket above an index."""
-        slot, start = self.prefilling[request]
-        remaining = len(request.prompt) - start
-        length, index = map(int, choose_chunk(remaining, self.buckets, largest=largest))
-        bucket = int(self.buckets[index])
-        return Chunk(slot=slot, start=start, length=length, bucket=bucket, last=length == remaining, level=level)
 
     def _take(self, request: Request, chunk: Chunk, now: float) -> None:
         """Count a chunk as run; with its last one a request begins to decode."""
@@ -353,9 +300,6 @@ class SlotScheduler:
         running.itl[slot], running.tpot[slot] = self.slo[request].itl, self.slo[request].tpot
         self._limit[slot] = request.params.max_tokens
         running.decoding[slot] = request.params.max_tokens > 1
-
-    def _column(self, chunk: Chunk) -> int:
-        return int(np.searchsorted(self.buckets, chunk.bucket)) + 1
 
     def _predict(self, run: Bool[np.ndarray, " S"], chunks: Sequence[tuple[Request, Chunk]]) -> float:
         """Give the table's seconds of an iteration, without drift; 0 without a table."""
