@@ -10,14 +10,12 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from serve.paged_cache import PAGE, PagedKVCache, suits_pages
+from serve.paged_cache import PagedKVCache, suits_pages
+from serve.pages import PAGE, SCRATCH
 from spear_jax.config import ModelConfig
 from spear_jax.nn.attention import Index
 from spear_jax.nn.rope import Rope, apply_rope
 from spear_jax.nn.row_parallel import PeerCache
-
-SCRATCH = 0
-"""Page that nobody owns: what padding and idle slots write goes there, and so do table entries without a page."""
 
 _MASKED = float(jnp.finfo(jnp.float32).min)
 

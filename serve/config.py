@@ -99,7 +99,15 @@ class ServeConfig:
     """Answers generated at the same time; more wait in the queue."""
 
     max_context: int | None = None
-    """Tokens of prompt and answer together; by default those of the model, 2048 at most. Sets the KV cache."""
+    """Tokens of prompt and answer together; by default those of the model, 2048 at most, or what the KV cache holds."""
+
+    kv_cache_gib: float | None = None
+    """GiB of the KV cache on each device. By default on GPUs and TPUs what weights and programs leave of the memory, on
+    CPU as much as all slots can fill. With less, answers may have to wait and be computed again."""
+
+    prefix_caching: bool = True
+    """Keep what the KV cache holds of ended requests while there is room, for others that begin with the same
+    tokens."""
 
     prefill_buckets: tuple[int, ...] = (64, 256)
     """Sizes prompts are cut and padded to. Each is one program to compile."""
@@ -184,6 +192,8 @@ class ServeConfig:
             raise ValueError(f"max_num_queued_tokens must be at least 1, got {self.max_num_queued_tokens}")
         if not all(self.api_key):
             raise ValueError("api_key must not hold an empty key")
+        if self.kv_cache_gib is not None and not self.kv_cache_gib > 0:
+            raise ValueError(f"kv_cache_gib must be positive, got {self.kv_cache_gib}")
         for name in ("max_body_mib", "client_seconds", "drain_seconds", "stuck_seconds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

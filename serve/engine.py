@@ -44,8 +44,17 @@ class StepRunner(Protocol):
         last: bool,
         params: SamplingParams,
         level: int,
+        first: bool,
+        answered: int,
     ) -> ArrayLike:
-        """Run a chunk of a prompt with a set of compensators; with `last`, give the first new token as a scalar."""
+        """Run a chunk of a prompt with a set of compensators; with `last`, give the first new token as a scalar.
+
+        It may be the `first` that is run in its slot, and end with `answered` tokens that were generated before.
+        """
+        ...
+
+    def use_table(self, table: np.ndarray) -> None:
+        """Give every slot its pages [S, M], from the next call on."""
         ...
 
     def decode(self, active: np.ndarray) -> ArrayLike:
@@ -79,6 +88,7 @@ class _Live:
     tokens: list[int] = dataclasses.field(default_factory=list)
     strikes: int = 0  # faults that it may have caused, as others may
     generated: int = 0
+    cached: int = 0  # prompt tokens that were in the cache when it first got one
     uncompensated: int = 0  # prompt tokens that went without some compensators
     admitted: float = 0.0
     first_token: float = 0.0
@@ -222,6 +232,8 @@ class Engine:
         if guilty is not None:
             self._fail(guilty)
         self._runner.recover(error)
+        if self._scheduler.pages is not None:
+            self._scheduler.pages.forget()
         for live in reversed([live for live in holders if live is not guilty]):
             self._retry(live)
 
@@ -283,11 +295,10 @@ class Engine:
         self._try_next_suspect()
         self._take_inbox()
         now = time.monotonic()
+        for request in self._scheduler.reserve():
+            self._preempted(request)
         for request, _ in self._scheduler.admit(now):
-            live = self._live[request]
-            if not live.admitted:
-                live.admitted = now
-                self._metrics.queue_time.observe(now - request.arrival)
+            self._begin(request, now)
         enqueued = self._enqueue(self._scheduler.next_step(now))
         while self._in_flight and (not enqueued or len(self._in_flight) > 1):
             self._settle(self._in_flight.popleft())
@@ -303,19 +314,44 @@ class Engine:
         except queue.Empty:
             pass
 
+    def _begin(self, request: Request, now: float) -> None:
+        """Note that a request got a slot, and what it found in the cache."""
+        live, metrics = self._live[request], self._metrics
+        found, uncompensated = self._scheduler.found[request]
+        live.uncompensated += uncompensated
+        if not live.admitted:
+            live.admitted, live.cached = now, found
+            metrics.queue_time.observe(now - request.arrival)
+            metrics.prefix_queries.inc(len(request.prompt))
+            metrics.prefix_hits.inc(found)
+
+    def _preempted(self, request: Request) -> None:
+        """Forget what is in flight of a request that lost its slot: it will be computed again."""
+        for call in self._in_flight:
+            call.rows[:] = [row for row in call.rows if row[0] is not request]
+        self._live[request].uncompensated = 0
+        self._metrics.preemptions.inc()
+
     def _enqueue(self, step: Step) -> bool:
         """Hand an iteration to the device; says whether there was anything to do."""
         calls: list[_Call] = []
+        pages = self._scheduler.pages
+        if pages is not None and pages.changed:
+            self._runner.use_table(pages.table)
+            pages.changed = False
         for request, chunk in step.chunks:
             self._prompt_of = None if calls else request
+            end = chunk.start + chunk.length
             token = self._runner.prefill(
-                request.prompt[chunk.start : chunk.start + chunk.length],
+                self._scheduler.prompt[request][chunk.start : end],
                 slot=chunk.slot,
                 start=chunk.start,
                 bucket=chunk.bucket,
                 last=chunk.last,
                 params=request.params,
                 level=chunk.level,
+                first=chunk.first,
+                answered=max(end - max(chunk.start, len(self._live[request].client.prompt)), 0),
             )
             self._metrics.prompt_tokens.inc(chunk.length)
             if chunk.level:
@@ -375,9 +411,9 @@ class Engine:
         live.generated += 1
         live.tokens.append(token)
         metrics.generation_tokens.inc()
+        self._scheduler.token_seen(live.request, token, now)
         if live.generated == 1:
             live.first_token = now
-            self._scheduler.token_seen(live.request, now)
             metrics.ttft.observe(now - request.arrival)
             metrics.prefill_time.observe(now - live.admitted)
         else:
@@ -406,6 +442,7 @@ class Engine:
             tokens=1,
             finish_reason=reason,
             uncompensated=0 if reason is None else live.uncompensated,
+            cached=0 if reason is None else live.cached,
             logprobs=live.logprobs.take(text, rest=reason is not None and not stopped),
         )
         self._outputs.append((request, output))
@@ -431,6 +468,10 @@ class Engine:
     def _take(self, request: Request) -> None:
         if self._stopping:
             self._deliver([(request, Output(finish_reason="abort", error="the server is shutting down"))])
+            return
+        if not self._scheduler.fits(request):
+            error = "prompt and answer together have more tokens than the KV cache has room for"
+            self._deliver([(request, Output(finish_reason="error", error=error))])
             return
         wait = self._scheduler.retry_after(request, time.monotonic())
         if wait and self.refuses:
@@ -485,4 +526,5 @@ class Engine:
         scheduler, metrics = self._scheduler, self._metrics
         metrics.running.set(scheduler.num_running)
         metrics.waiting.set(len(scheduler.waiting))
-        metrics.kv_usage.set(scheduler.held_tokens / self._cache_tokens)
+        held = scheduler.held_tokens / self._cache_tokens if scheduler.pages is None else scheduler.pages.usage
+        metrics.kv_usage.set(held)

@@ -98,6 +98,10 @@ class Ticket:
             pending.discard(request)
             self._early.append((request, output))
 
+    def opens_prompt(self, index: int) -> bool:
+        """Say whether an answer is the first to its prompt: a prompt is counted once, however many answers it has."""
+        return index == 0 or self.requests[index].prompt is not self.requests[index - 1].prompt
+
     async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
         """Give (index of the choice, output) until every answer has ended."""
         while self._open:

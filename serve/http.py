@@ -137,7 +137,7 @@ async def _unless_disconnected(request: Request, answer: Awaitable[Response]) ->
 async def _collect(ticket: Ticket, shape: "_Shape") -> Response:
     texts, reasons = [""] * len(ticket.requests), ["stop"] * len(ticket.requests)
     logprobs: list[list[TokenLogprobs]] = [[] for _ in ticket.requests]
-    tokens = uncompensated = 0
+    tokens = uncompensated = cached = 0
     async for index, output in ticket.outputs():
         if output.error is not None:
             raise EngineError(output)
@@ -145,6 +145,7 @@ async def _collect(ticket: Ticket, shape: "_Shape") -> Response:
         logprobs[index].extend(output.logprobs)
         tokens += output.tokens
         uncompensated += output.uncompensated
+        cached += output.cached if ticket.opens_prompt(index) else 0
         reasons[index] = output.finish_reason or reasons[index]
     choices = [shape.whole(i, *parts) for i, parts in enumerate(zip(texts, reasons, logprobs, strict=True))]
     head = {
@@ -153,7 +154,7 @@ async def _collect(ticket: Ticket, shape: "_Shape") -> Response:
         "created": int(time.time()),
         "model": shape.model,
     }
-    return JSONResponse(head | {"choices": choices, "usage": _usage(ticket, tokens, uncompensated)})
+    return JSONResponse(head | {"choices": choices, "usage": _usage(ticket, tokens, uncompensated, cached)})
 
 
 async def _events(ticket: Ticket, shape: "_Shape", *, include_usage: bool) -> AsyncIterator[bytes]:
@@ -165,7 +166,7 @@ async def _events(ticket: Ticket, shape: "_Shape", *, include_usage: bool) -> As
         "model": shape.model,
     }
     tail = {"usage": None} if include_usage else {}
-    tokens = uncompensated = 0
+    tokens = uncompensated = cached = 0
     for index in range(len(ticket.requests)):
         if (opening := shape.opening(index)) is not None:
             yield _event(head | {"choices": [opening]} | tail)
@@ -176,11 +177,12 @@ async def _events(ticket: Ticket, shape: "_Shape", *, include_usage: bool) -> As
             return
         tokens += output.tokens
         uncompensated += output.uncompensated
+        cached += output.cached if ticket.opens_prompt(index) else 0
         pieces = shape.pieces(index, output.text, output.finish_reason, output.logprobs)
         if pieces:
             yield b"".join(_event(head | {"choices": [piece]} | tail) for piece in pieces)
     if include_usage:
-        yield _event(head | {"choices": [], "usage": _usage(ticket, tokens, uncompensated)})
+        yield _event(head | {"choices": [], "usage": _usage(ticket, tokens, uncompensated, cached)})
     yield b"data: [DONE]\n\n"
 
 
@@ -188,13 +190,14 @@ def _event(body: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-def _usage(ticket: Ticket, tokens: int, uncompensated: int) -> dict[str, Any]:
-    usage: dict[str, Any] = {
+def _usage(ticket: Ticket, tokens: int, uncompensated: int, cached: int) -> dict[str, Any]:
+    details = {"cached_tokens": cached} | ({"uncompensated_tokens": uncompensated} if uncompensated else {})
+    return {
         "prompt_tokens": ticket.prompt_tokens,
         "completion_tokens": tokens,
         "total_tokens": ticket.prompt_tokens + tokens,
+        "prompt_tokens_details": details,
     }
-    return usage | ({"prompt_tokens_details": {"uncompensated_tokens": uncompensated}} if uncompensated else {})
 
 
 class _EventStream(Response):

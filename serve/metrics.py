@@ -23,6 +23,8 @@ class Metrics:
         self.running = self._gauge("num_requests_running", "Requests that hold a slot.")
         self.waiting = self._gauge("num_requests_waiting", "Requests waiting for a slot.")
         self.kv_usage = self._gauge("kv_cache_usage_perc", "Share of the KV cache in use; 1 is all of it.")
+        self.prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked for in the KV cache.")
+        self.prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the KV cache.")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens prefilled.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         self.rejected = self._counter("request_rejected", "Requests refused because the queue was full.")

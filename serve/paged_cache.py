@@ -10,15 +10,12 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from pallas_kernels.dispatch import is_hopper, platform
 from pallas_kernels.paged_attention import paged_attention, paged_decode, paged_write
+from serve.pages import PAGE
 from spear_jax.config import UNLIMITED_WINDOW, ModelConfig
 from spear_jax.nn.attention import Index
 from spear_jax.nn.rope import Rope, apply_rope
 
-PAGE = 64
-"""Tokens of a page: what the kernel fetches at a time."""
-
 _WIDEST_HEAD = 256
-
 
 _LANES = 128
 """Columns of a TPU's tiles: it keeps two heads of 64 side by side."""

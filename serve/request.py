@@ -97,8 +97,12 @@ class SamplingParams:
     @property
     def plain(self) -> bool:
         """Whether each token is the likeliest by the model's own logits."""
-        unchanged = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) == (0, 0, 1)
-        return self.temperature == 0 and unchanged and not self.logit_bias
+        return self.temperature == 0 and not self.penalized and not self.logit_bias
+
+    @property
+    def penalized(self) -> bool:
+        """Whether logits depend on which tokens are in prompt and answer."""
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
 
 
 def check_range(param: str, value: float, *, low: float, high: float, open_low: bool = False) -> None:
@@ -129,15 +133,17 @@ class TokenLogprobs:
 class Output:
     """A piece of an answer: new text, how many tokens it stands for, and on the last piece why it ended.
 
-    `tokens` counts generated tokens including a stop token that has no text; `uncompensated`, on the last piece, prompt
-    tokens that went without some of the error compensators. `error` is set when `finish_reason` is `error` or `abort`;
-    `retry_after`, in seconds, when that is because the request's limits cannot be kept now. `logprobs`, if asked for,
-    are of the tokens whose text begins in this piece; on the last piece also of those that have no text.
+    `tokens` counts generated tokens including a stop token that has no text; on the last piece `uncompensated` counts
+    prompt tokens that went without some of the error compensators, and `cached` those that were in the KV cache before.
+    `error` is set when `finish_reason` is `error` or `abort`; `retry_after`, in seconds, when that is because the
+    request's limits cannot be kept now. `logprobs`, if asked for, are of the tokens whose text begins in this piece; on
+    the last piece also of those that have no text.
     """
 
     text: str = ""
     tokens: int = 0
     uncompensated: int = 0
+    cached: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None

@@ -26,7 +26,7 @@ from serve.cache import (
     whole_table,
     with_table,
 )
-from serve.paged_cache import PAGE
+from serve.pages import pages_for
 from serve.request import SamplingParams
 from serve.sampling import Logprobs, SamplingState, likeliest, log_probabilities, sample, with_prompt
 from spear_jax.models.decoder import Decoder
@@ -36,6 +36,8 @@ from spear_jax.sharding import OWN, SAME, of_parts, sums_by_inbox
 
 _CHECK_SECONDS = 1.0
 """How often the runner looks whether a device was lost, which waits for the steps that run."""
+
+_GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 
 type Logits = Callable[[Decoder, Array], Array]
 
@@ -108,7 +110,8 @@ class Runner:
 
         self._idle_state = idle
         self._state: DeviceState = idle()
-        self.cache_bytes = weight_bytes(self._state.cache)
+        self.table_shape: tuple[int, int] = self._state.table.shape[-2:]
+        self.pages = 1 + slots * pages_for(context) if pages is None else pages
         self._renumber = jax.jit(_renumbered, donate_argnums=0, out_shardings=self._state.table.sharding)
         self._mesh, self._checked = mesh, time.monotonic()
         jit = functools.partial(_jit, logits=logits, options=compiler_options, mesh=mesh)
@@ -139,6 +142,16 @@ class Runner:
     def use_table(self, table: Int32[np.ndarray, "S M"]) -> None:
         """Give every slot its pages, from the next call on; 0 is the page that nobody owns."""
         self._state = dataclasses.replace(self._state, table=self._renumber(self._state.table, table.copy()))
+
+    def temporary_bytes(self) -> int:
+        """Compile the programs that need most memory beside the state; give what they need on a device."""
+        chunk = self._prefill_arguments(
+            [0] * self.buckets[-1], slot=0, start=0, bucket=self.buckets[-1], last=True, params=_GREEDY
+        )
+        programs = ((self._prefill, chunk), (self._decode_all, (self._active[1],)), (self._logprobs_all, ()))
+        state, leaves = _shapes(self._state), _shapes(self._leaves)
+        memory = [program.lower(leaves, state, *rest).compile().memory_analysis() for program, rest in programs]
+        return max(one.temp_size_in_bytes + one.output_size_in_bytes - one.alias_size_in_bytes for one in memory)
 
     def pretend(self, length: int) -> None:
         """Say that every slot holds `length` tokens, whatever is in the cache: for measuring."""
@@ -252,11 +265,10 @@ class Runner:
 
         From a warm cache most of the time goes into reading programs back, which does not hold Python's lock.
         """
-        greedy = SamplingParams(max_tokens=1, temperature=0.0)
         programs: list[tuple[str, Any, list[Array], tuple[Any, ...]]] = []
 
         def add_prefill(name: str, program: Any, leaves: list[Array], bucket: int) -> None:
-            chunk = self._prefill_arguments([0] * bucket, slot=0, start=0, bucket=bucket, last=True, params=greedy)
+            chunk = self._prefill_arguments([0] * bucket, slot=0, start=0, bucket=bucket, last=True, params=_GREEDY)
             programs.append((f"prefill {bucket}{name}", program, leaves, chunk))
 
         for bucket in self.buckets:
@@ -271,17 +283,13 @@ class Runner:
         programs.append((f"decode {self.slots}", self._decode_all, self._leaves, (self._active[1],)))
         programs.append((f"logprobs {self.slots}", self._logprobs_all, self._leaves, ()))
 
-        def shapes(arrays: Any) -> Any:
-            return jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), arrays
-            )
+        state = _shapes(self._state)
 
-        state = shapes(self._state)
-
+        self.use_table(np.asarray(jax.device_get(self._state.table)).reshape(-1, *self.table_shape)[0])
         with ThreadPoolExecutor(max_workers=2) as pool:
             # A call finds what was compiled for the same function, shapes and placement.
             pending = [
-                pool.submit(lambda f, x, a: f.lower(shapes(x), state, *a).compile(), *rest) for _, *rest in programs
+                pool.submit(lambda f, x, a: f.lower(_shapes(x), state, *a).compile(), *rest) for _, *rest in programs
             ]
             if self._mesh is not None:
                 # None runs while another is compiled: devices wait for each other, and compiling may make one wait.
@@ -304,8 +312,7 @@ def empty_state(
     A part of a model that is divided over several devices gets what one of them holds.
     """
     stacked = not hasattr(model.layers, "__len__")
-    greedy = SamplingParams(max_tokens=1, temperature=0.0)
-    pages = 1 + slots * -(-context // PAGE) if pages is None else pages
+    pages = 1 + slots * pages_for(context) if pages is None else pages
     cache: Any = allocate(model.config, pages=pages, dtype=model.dtype, stacked=stacked)
     if sums_by_inbox(model):
         rows = min(MOST_ROWS, max(slots, padding))
@@ -317,9 +324,16 @@ def empty_state(
         token=jnp.zeros(slots, jnp.int32),
         hidden=jnp.zeros((slots, model.config.hidden_size), model.dtype),
         length=jnp.zeros(slots, jnp.int32),
-        sampling=jax.tree.map(jnp.asarray, SamplingState.of([greedy] * slots)),
+        sampling=jax.tree.map(jnp.asarray, SamplingState.of([_GREEDY] * slots)),
         history=jnp.zeros((slots, model.config.vocab_size), jnp.int32),
     )
+
+
+def cache_page_bytes(model: Decoder) -> int:
+    """Give the bytes that a page of the KV cache takes on a device, in all layers together."""
+    stacked, pages = not hasattr(model.layers, "__len__"), 2
+    cache = jax.eval_shape(lambda: allocate(model.config, pages=pages, dtype=model.dtype, stacked=stacked))
+    return weight_bytes(cache) // pages
 
 
 def _state_of_parts(model: Decoder, mesh: Mesh, **sizes: Any) -> DeviceState:
@@ -330,6 +344,10 @@ def _state_of_parts(model: Decoder, mesh: Mesh, **sizes: Any) -> DeviceState:
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (mesh.size, *leaf.shape)), state)
 
     return jax.jit(build, out_shardings=NamedSharding(mesh, OWN))()
+
+
+def _shapes(arrays: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), arrays)
 
 
 def _committed(arrays: Any) -> Any:

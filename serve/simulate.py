@@ -18,6 +18,7 @@ from jaxtyping import Bool
 from serve.config import SchedulerConfig
 from serve.latency import H200, LatencyTable, Profile, load_profile, roofline
 from serve.load import Answer, Arrivals, Job, arrange, console, read_trace, show, summarize
+from serve.pages import PagePool, pages_for
 from serve.request import Request, SamplingParams, Slo
 from serve.slots import Chunk, SlotScheduler, Step, Timing, iteration_seconds
 from serve.startup import default_slo, timing_of
@@ -66,6 +67,9 @@ class SimulateConfig:
     max_context: int = 8192
     """Longer requests are left out, and counted."""
 
+    kv_tokens: int | None = None
+    """Tokens that the KV cache has room for, of all sequences together; without it sequences never run out of it."""
+
     stall_tokens: int = 64
     """For `slo`, prompt tokens beside answers without limits."""
 
@@ -102,29 +106,36 @@ class AnswersFirst(SlotScheduler):
 
 
 def make_scheduler(
-    policy: str, *, buckets: Sequence[int], slots: int, stall_tokens: int, timing: Timing
+    policy: str,
+    *,
+    buckets: Sequence[int],
+    slots: int,
+    stall_tokens: int,
+    timing: Timing,
+    pages: PagePool | None = None,
 ) -> SlotScheduler:
     """Give the scheduler of a policy.
 
     Raises:
         ValueError: There is no such policy.
     """
+    options: dict[str, Any] = {"num_slots": slots, "buckets": buckets, "pages": pages}
     kind, _, size = policy.partition("-")
     if policy == "slo":
-        return SlotScheduler(num_slots=slots, buckets=buckets, stall_tokens=stall_tokens, timing=timing)
+        return SlotScheduler(stall_tokens=stall_tokens, timing=timing, **options)
     if kind == "chunk" and size.isdigit():
-        return SlotScheduler(num_slots=slots, buckets=buckets, stall_tokens=int(size))
+        return SlotScheduler(stall_tokens=int(size), **options)
     if policy in (others := {"prompts-first": PromptsFirst, "answers-first": AnswersFirst}):
-        return others[policy](num_slots=slots, buckets=buckets, stall_tokens=stall_tokens)
+        return others[policy](stall_tokens=stall_tokens, **options)
     raise ValueError(f"policy {policy!r} is none of slo, chunk-N, {', '.join(others)}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True)
 class _Call:
     """A device call: when it ends, and whose tokens it gives."""
 
     end: float
-    requests: Sequence[Request]
+    requests: list[Request]
 
 
 def simulate(
@@ -153,6 +164,10 @@ def simulate(
             wait = scheduler.retry_after(request, now)
             if not (wait and scheduler.timing is not None and scheduler.timing.refuses):
                 scheduler.submit(request, best_effort=wait > 0)
+        for request in scheduler.reserve():
+            uncompensated[request] = 0
+            for call in in_flight:
+                call.requests = [other for other in call.requests if other is not request]
         scheduler.admit(now)
         step = scheduler.next_step(now)
         calls = _calls(step, scheduler, truth, begin=max(now, busy))
@@ -166,8 +181,7 @@ def simulate(
             for request in call.requests:
                 seen = times[request]
                 seen.append(call.end - request.arrival)
-                if len(seen) == 1:
-                    scheduler.token_seen(request, now)
+                scheduler.token_seen(request, 0, now)
                 if len(seen) == request.params.max_tokens:
                     scheduler.remove(request)
     answers = [
@@ -214,8 +228,9 @@ def compare(config: SimulateConfig) -> dict[str, Any]:
         for policy in config.policies:
             timing = timing_of(config.scheduler, profile)
             scheduler = make_scheduler(
-                policy, buckets=buckets, slots=config.slots, stall_tokens=config.stall_tokens, timing=timing
-            )
+                policy, buckets=buckets, slots=config.slots, stall_tokens=config.stall_tokens, timing=timing,
+                pages=_pages(config),
+            )  # fmt: skip
             begin = time.perf_counter()
             answers, seconds = simulate(scheduler, table, jobs, slo=slo)
             rows[policy] = summarize(answers, seconds=seconds, slo=slo)
@@ -226,6 +241,15 @@ def compare(config: SimulateConfig) -> dict[str, Any]:
     if config.output is not None:
         config.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
+
+
+def _pages(config: SimulateConfig) -> PagePool | None:
+    if config.kv_tokens is None:
+        return None
+    if config.kv_tokens < config.max_context:
+        raise ValueError(f"kv_tokens {config.kv_tokens} do not hold a context of {config.max_context}")
+    table = config.slots, pages_for(config.max_context)
+    return PagePool(pages=1 + pages_for(config.kv_tokens), table=table, prefix_caching=False)
 
 
 def _profile(config: SimulateConfig) -> Profile:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from serve.latency import Drift, LatencyTable
+from serve.pages import PagePool, pages_for
 from serve.request import UNBOUNDED, Request, Slo
 from serve.scheduler import (
     Prompt,
@@ -30,7 +31,7 @@ _AGING_SECONDS = 10.0
 class Chunk:
     """A part of a prompt to prefill: `tokens[start : start + length]` of the slot's prompt, padded to `bucket`.
 
-    `level` is the set of compensators it is run with; 0 is all of them.
+    `level` is the set of compensators it is run with; 0 is all of them. `first`: none before it was run in this slot.
     """
 
     slot: int
@@ -39,6 +40,7 @@ class Chunk:
     bucket: int
     last: bool
     level: int = 0
+    first: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,11 +77,23 @@ class SlotScheduler:
     has a limit on the time between tokens, at most `stall_tokens` of prompts (bucket padding included) run between two
     decode steps, so that a long prompt does not hold up the answers being streamed; with nothing decoding, the largest
     bucket's worth is run. With limits and a table, chunks are as large as the tightest limit allows.
+
+    With `pages` sequences get them as they grow. Where there are too few the youngest have to leave: they wait again,
+    with what they have generated as part of their prompt.
     """
 
-    def __init__(self, *, num_slots: int, buckets: Sequence[int], stall_tokens: int, timing: Timing | None = None):
+    def __init__(
+        self,
+        *,
+        num_slots: int,
+        buckets: Sequence[int],
+        stall_tokens: int,
+        timing: Timing | None = None,
+        pages: PagePool | None = None,
+    ):
         self.num_slots = num_slots
         self.timing = timing
+        self.pages = pages
         self.stall_tokens = stall_tokens
         self.buckets = np.array(sorted(buckets))
         self.waiting: collections.deque[Request] = collections.deque()
@@ -94,6 +108,14 @@ class SlotScheduler:
             generated=np.zeros(num_slots),
         )
         self.slo: dict[Request, Slo] = {}  # what each is held to, of those submitted and not removed
+        self.prompt: dict[
+            Request, Sequence[int]
+        ] = {}  # of the same: what is to be prefilled, tokens generated before too
+        self.found: dict[
+            Request, tuple[int, int]
+        ] = {}  # of those with a slot: tokens in the cache before, uncompensated
+        self._answer: dict[Request, list[int]] = {}  # tokens that were seen
+        self._first: dict[Request, float] = {}  # when the first of them was
         self._free = list(range(num_slots))
         self._limit = np.zeros(num_slots)
         self._mean_tokens = _EXPECTED_TOKENS
@@ -121,23 +143,77 @@ class SlotScheduler:
         slots = list(self.decoding.values())
         return sum(done for _, done in self.prefilling.values()) + int(self.running.context[slots].sum())
 
+    def fits(self, request: Request) -> bool:
+        """Say whether there would be pages for a request if it were alone."""
+        return self.pages is None or pages_for(_most_tokens(request)) <= self.pages.total
+
     def submit(self, request: Request, *, best_effort: bool = False, first: bool = False) -> None:
         """Put a request at the end of the queue, or first; with `best_effort` it is not held to its limits."""
+        assert self.fits(request), "who never fits is refused before"
         self.slo[request] = Slo() if best_effort else request.slo
+        self.prompt[request], self._answer[request] = request.prompt, []
         (self.waiting.appendleft if first else self.waiting.append)(request)
 
     def admit(self, now: float) -> list[tuple[Request, int]]:
-        """Give free slots to waiting requests, as far as all can decode in time; returns who got which."""
+        """Give free slots to waiting requests, as far as all can decode in time and there are pages; says who got one.
+
+        Every other sequence is left one page to grow, so that a newcomer need not leave at once.
+        """
         admitted: list[tuple[Request, int]] = []
         if self._free and self.waiting:
             for request in self._ordered(self.waiting, now)[: len(self._free)]:
-                if not self._can_join(request):
+                if not self._can_join(request) or not self._begin(request, self._free[0]):
                     break
                 self.waiting.remove(request)
                 slot = self._free.pop(0)
-                self.prefilling[request] = (slot, 0)
+                self.prefilling[request] = (slot, self.found[request][0])
                 admitted.append((request, slot))
         return admitted
+
+    def _begin(self, request: Request, slot: int) -> bool:
+        """Give a request pages for its prompt and a token more, if there are enough."""
+        tokens, found = self.prompt[request], (0, 0)
+        if self.pages is not None:
+            begun = self.pages.begin(
+                slot,
+                tokens,
+                room=min(len(tokens) + 1, _most_tokens(request)),
+                spare=self.num_running,
+                shared=not request.params.penalized,  # what penalties go by is made as the tokens run
+                droppable=request.droppable,
+            )
+            if begun is None:
+                return False
+            found = begun
+        self.found[request] = found
+        return True
+
+    def reserve(self, iterations: int = 1) -> list[Request]:
+        """See that all who hold a slot have pages for so many decode steps; give those who had to leave for that.
+
+        The youngest leave first, of those of the lowest priority; the oldest always goes on. Those who left wait again:
+        their tokens that were not seen yet must be forgotten, as they will be computed again.
+        """
+        gone: list[Request] = []
+        if self.pages is None:
+            return gone
+        holders = sorted([*self.decoding, *self.prefilling], key=lambda r: (r.priority, r.arrival))
+        while holders:
+            request = holders[0]
+            if request in self.decoding:
+                slot = self.decoding[request]
+                held = int(self.running.context[slot])
+                wanted = held + (iterations if self.running.decoding[slot] else 0)
+            else:
+                slot, wanted = self.prefilling[request][0], len(self.prompt[request]) + iterations
+            if self.pages.reserve(slot, min(wanted, _most_tokens(request))):
+                holders.pop(0)
+            else:
+                gone.append(holders.pop())
+                self._leave(gone[-1])
+                self.prompt[gone[-1]] = (*gone[-1].prompt, *self._answer[gone[-1]])
+                self.waiting.appendleft(gone[-1])
+        return gone
 
     def next_step(self, now: float) -> Step:
         """Decide an iteration: moves finished prompts to decoding, and counts the tokens it asks for."""
@@ -156,10 +232,20 @@ class SlotScheduler:
         """Give how many prompt tokens may run in an iteration that has no limit on its time."""
         return self.stall_tokens if run.any() else int(self.buckets[-1])
 
-    def token_seen(self, request: Request, now: float) -> None:
-        """Say that a request's first token has come: its `tpot` counts from here."""
-        if (slot := self.decoding.get(request)) is not None:
-            self.running.first[slot] = now
+    def token_seen(self, request: Request, token: int, now: float) -> None:
+        """Say that a request's next token has come; with the first one its `tpot` begins to count."""
+        answer, slot = self._answer[request], self.decoding.get(request)
+        answer.append(token)
+        if len(answer) == 1:
+            self._first[request] = now
+            if slot is not None:
+                self.running.first[slot] = now
+        if (
+            self.pages is not None
+            and slot is not None
+            and len(request.prompt) + len(answer) - 1 > self.pages.length(slot)
+        ):
+            self.pages.written(slot, answer[-2:-1])  # it was chosen when the one before had been written
 
     def retry_after(self, request: Request, now: float) -> float:
         """Simulate the queue with a newcomer; 0 if it and those before it keep their limits, else how long to wait.
@@ -169,31 +255,45 @@ class SlotScheduler:
         if self.timing is None or not request.slo.declared:
             return 0.0
         share, table = self.timing.share, self._table
-        alone = float(table.at(min(self.num_running + 1, self.num_slots), len(request.prompt))[0, 0])
+        alone = float(table.at(min(self.num_running + 1, self.num_slots), self._length(request))[0, 0])
         if alone > share * self._limit_of(request):
             return self._mean_tokens * alone
         without, ahead = self._expected(now), self._expected(now, request)
         late = ahead[request] - share * request.slo.ttft
-        delays = [ahead[r] - without[r] for r in without if without[r] <= self.slo[r].ttft < ahead[r]]
+        delays = [
+            ahead[r] - without[r] for r in without if r not in self._first and without[r] <= self.slo[r].ttft < ahead[r]
+        ]
         return max(late, 0.0, *delays)
 
     def remove(self, request: Request) -> bool:
         """Forget a request wherever it is and free its slot; False if it is unknown."""
-        self.slo.pop(request, None)
+        for books in (self.slo, self.prompt, self._answer, self._first):
+            books.pop(request, None)
+        if request in self.waiting:
+            self.waiting.remove(request)
+            return True
+        if (slot := self.decoding.get(request)) is not None:
+            self._mean_tokens += 0.05 * (int(self.running.generated[slot]) - self._mean_tokens)
+        return self._leave(request)
+
+    def _leave(self, request: Request) -> bool:
+        """Take a request's slot and pages back; False if it has none."""
         if request in self.prefilling:
             slot, _ = self.prefilling.pop(request)
         elif request in self.decoding:
             slot = self.decoding.pop(request)
-            self._mean_tokens += 0.05 * (int(self.running.generated[slot]) - self._mean_tokens)
             self.running.decoding[slot] = False
-        elif request in self.waiting:
-            self.waiting.remove(request)
-            return True
         else:
             return False
+        del self.found[request]
+        if self.pages is not None:
+            self.pages.free(slot)
         self._free.append(slot)
         self._free.sort()
         return True
+
+    def _length(self, request: Request) -> int:
+        return len(self.prompt.get(request, request.prompt))
 
     @property
     def _table(self) -> LatencyTable:
@@ -208,7 +308,7 @@ class SlotScheduler:
         if self.timing is None:
             return 0.0
         table, running, sizes = self._table, self.running, self.timing.table.chunks
-        run, start = running.decoding, sum(len(request.prompt) for request in prompts) / len(prompts) / 2
+        run, start = running.decoding, sum(map(self._length, prompts)) / len(prompts) / 2
         seconds = table.step(run.sum(), typical_context(table, running.context, run), start)[0]
         if (budget := step_budget(running, now=now)) < UNBOUNDED:
             column = np.searchsorted(seconds, self.timing.share * budget, side="right") - 1
@@ -228,11 +328,12 @@ class SlotScheduler:
             return listed
         arrival = np.array([r.arrival for r in listed])
         order = queue_order(
-            priority=np.array([r.priority for r in listed]),
+            # Whoever was answered before goes on as soon as possible, and has no first token to wait for.
+            priority=np.array([r.priority - (r in self._first) for r in listed]),
             arrival=arrival,
-            deadline=arrival + [self.slo.get(r, r.slo).ttft for r in listed],
+            deadline=arrival + [UNBOUNDED if r in self._first else self.slo.get(r, r.slo).ttft for r in listed],
             work=self._pace(listed, now)
-            * np.array([len(r.prompt) - self.prefilling.get(r, (0, 0))[1] for r in listed]),
+            * np.array([self._length(r) - self.prefilling.get(r, (0, 0))[1] for r in listed]),
             begun=np.array([r in self.prefilling for r in listed]),
             now=now,
             aging=_AGING_SECONDS if self.timing is None else self.timing.aging,
@@ -245,7 +346,7 @@ class SlotScheduler:
             return True
         holders = [request, *self.prefilling, *self.decoding]
         limit = min(map(self._limit_of, holders))
-        context = (len(request.prompt) + self.held_tokens) / len(holders)
+        context = (self._length(request) + self.held_tokens) / len(holders)
         return limit == UNBOUNDED or bool(self._table.at(len(holders), context)[0, 0] <= self.timing.share * limit)
 
     def cut(self, now: float) -> tuple[Bool[np.ndarray, " S"], list[tuple[Request, Chunk]]]:
@@ -264,7 +365,7 @@ class SlotScheduler:
                 break
             chunk = Chunk(
                 slot=prompt.slot, start=prompt.start, length=int(length), bucket=int(self.buckets[index]),
-                last=bool(length == prompt.left), level=int(level),
+                last=bool(length == prompt.left), level=int(level), first=prompt.start == self.found[request][0],
             )  # fmt: skip
             self._take(request, chunk, now)
             chunks.append((request, chunk))
@@ -275,7 +376,7 @@ class SlotScheduler:
     def prompt_of(self, request: Request, now: float) -> Prompt:
         """Give what the policy is told of a prompt that has a slot."""
         slot, done = self.prefilling[request]
-        left, deadline = len(request.prompt) - done, request.arrival + self.slo[request].ttft
+        left, deadline = self._length(request) - done, request.arrival + self.slo[request].ttft
         timing = self.timing
         return Prompt(
             slot=slot,
@@ -289,17 +390,21 @@ class SlotScheduler:
 
     def _take(self, request: Request, chunk: Chunk, now: float) -> None:
         """Count a chunk as run; with its last one a request begins to decode."""
-        slot = chunk.slot
+        slot, tokens = chunk.slot, self.prompt[request]
+        if self.pages is not None:
+            part = tokens[chunk.start : chunk.start + chunk.length]
+            self.pages.written(slot, part, uncompensated=chunk.level > 0)
         if not chunk.last:
             self.prefilling[request] = (slot, chunk.start + chunk.length)
             return
         del self.prefilling[request]
         self.decoding[request] = slot
         running = self.running
-        running.context[slot], running.generated[slot], running.first[slot] = len(request.prompt), 1, now
+        running.context[slot], running.first[slot] = len(tokens), self._first.get(request, now)
+        running.generated[slot] = 1 + len(tokens) - len(request.prompt)
         running.itl[slot], running.tpot[slot] = self.slo[request].itl, self.slo[request].tpot
         self._limit[slot] = request.params.max_tokens
-        running.decoding[slot] = request.params.max_tokens > 1
+        running.decoding[slot] = running.generated[slot] < self._limit[slot]
 
     def _predict(self, run: Bool[np.ndarray, " S"], chunks: Sequence[tuple[Request, Chunk]]) -> float:
         """Give the table's seconds of an iteration, without drift; 0 without a table."""
@@ -319,9 +424,14 @@ class SlotScheduler:
         ends = np.concatenate([np.zeros(len(self._free)), np.sort(left) * step])
         ends = np.concatenate([ends, np.full(max(len(queue) - len(ends), 0), self._mean_tokens * step)])
         slot_free = np.concatenate([np.zeros(len(holding)), ends[: len(queue)]])
-        tokens = np.array([len(r.prompt) - self.prefilling.get(r, (0, 0))[1] for r in everyone])
+        tokens = np.array([self._length(r) - self.prefilling.get(r, (0, 0))[1] for r in everyone])
         until = first_token_times(tokens, slot_free, pace=self._pace(everyone, now))
         return {r: now - r.arrival + float(t) for r, t in zip(everyone, until, strict=True)}
+
+
+def _most_tokens(request: Request) -> int:
+    """Give how many tokens of a request may be in the cache: the last one is not read again."""
+    return len(request.prompt) + request.params.max_tokens - 1
 
 
 def iteration_seconds(

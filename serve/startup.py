@@ -26,8 +26,9 @@ from serve.gpu import command_buffer_options
 from serve.latency import Profile, load_profile
 from serve.layout import lay_out
 from serve.metrics import Metrics
+from serve.pages import PAGE, PagePool, pages_for
 from serve.request import Slo
-from serve.runner import Runner
+from serve.runner import Runner, cache_page_bytes
 from serve.slots import SlotScheduler, Timing
 from spear_jax.cli import cache_dir
 from spear_jax.config import ModelConfig, load_yaml
@@ -46,6 +47,9 @@ RANDOM = "random:"
 """What the name of a model begins with whose weights are drawn; the YAML file of its architecture follows."""
 
 _DEFAULT_CONTEXT = 2048
+_MEMORY_SHARE = 0.95
+"""Of the memory that JAX may use; some is lost between arrays."""
+
 _GROUP_SIZE = 32
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -168,8 +172,54 @@ def _random(config: ServeConfig) -> LoadedModel:
     )
 
 
-def make_runner(prepared: Prepared, config: ServeConfig, *, kept: Sequence[Sequence[str]]) -> Runner:
-    """Give the runner of a model; its programs are not compiled yet."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CachePlan:
+    """Pages of the KV cache, nobody's among them, of `page_bytes` each on a device; `context` tokens a sequence."""
+
+    pages: int
+    page_bytes: int
+    context: int
+
+    def __str__(self) -> str:
+        tokens = (self.pages - 1) * PAGE
+        gib = self.pages * self.page_bytes / 2**30
+        return f"KV cache of {self.pages - 1} pages, {tokens} tokens, {gib:.2f} GiB a device"
+
+
+def plan_cache(prepared: Prepared, config: ServeConfig) -> CachePlan:
+    """Choose the size of the KV cache: as set, on CPU what all slots can fill, elsewhere what memory is left.
+
+    For the latter a server with next to no cache is made and the programs that need most are compiled: what they need
+    beside, and what the rest of the state takes, is known then. A cache that holds less than a context shortens it.
+
+    Raises:
+        ValueError: There is no room for a cache, or not for the context that was asked for.
+    """
+    page_bytes = cache_page_bytes(prepared.model)
+    pages = 1 + config.max_slots * pages_for(prepared.context)
+    if config.kv_cache_gib is not None:
+        pages = int(config.kv_cache_gib * 2**30) // page_bytes
+    elif jax.default_backend() != "cpu":
+        dry = make_runner(prepared, config, pages=2, kept=())
+        temporary = dry.temporary_bytes()
+        memory = [device.memory_stats() or {} for device in jax.local_devices()[: config.tensor_parallel]]
+        if all({"bytes_limit", "bytes_in_use"} <= one.keys() for one in memory):
+            free = min(_MEMORY_SHARE * one["bytes_limit"] - one["bytes_in_use"] for one in memory)
+            pages = 2 + int(free - temporary) // page_bytes
+    tokens = (pages - 1) * PAGE
+    least = 2 * PAGE if config.max_context is None else config.max_context
+    if tokens < least:
+        raise ValueError(
+            f"the KV cache has room for {max(tokens, 0)} tokens, {least} are needed: {page_bytes / 2**20:.2f} MiB for "
+            f"{PAGE} tokens; give it more (kv_cache_gib), or ask for a smaller max_context or fewer max_slots"
+        )
+    return CachePlan(pages=pages, page_bytes=page_bytes, context=min(prepared.context, tokens))
+
+
+def make_runner(
+    prepared: Prepared, config: ServeConfig, *, kept: Sequence[Sequence[str]], pages: int | None = None
+) -> Runner:
+    """Give the runner of a model, with so many pages or for all slots in full; its programs are not compiled yet."""
     backend = jax.default_backend()
     return Runner(
         prepared.model,
@@ -182,6 +232,7 @@ def make_runner(prepared: Prepared, config: ServeConfig, *, kept: Sequence[Seque
         compiler_options=command_buffer_options(config.command_buffers) if backend == "gpu" else None,
         mesh=prepared.mesh,
         kept=kept,
+        pages=pages,
     )
 
 
@@ -257,18 +308,23 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console) -> Eng
     """
     with Phases(console) as phases:
         prepared = load_prepared(config, phases)
+        with phases.phase("plan memory"):
+            plan = plan_cache(prepared, config)
+        prepared = dataclasses.replace(prepared, context=plan.context)
         profile = find_profile(config, prepared)
         dropping = profile is not None and config.scheduler.drop_compensators
-        runner = make_runner(prepared, config, kept=profile.kept if profile is not None and dropping else ())
+        runner = make_runner(
+            prepared, config, kept=profile.kept if profile is not None and dropping else (), pages=plan.pages
+        )
         with phases.phase("compile", steps=runner.num_programs):
             for program in runner.warm_up():
                 phases.advance(f"compiled {program}")
         log.info(
-            "%s: %s, %.0f MiB; KV cache %.0f MiB for %d slots of %d tokens; started in %.1f s",
+            "%s: %s, %.0f MiB; %s, for %d slots of up to %d tokens; started in %.1f s",
             prepared.name,
             prepared.description,
             weight_bytes(prepared.model) / 2**20,
-            runner.cache_bytes / 2**20,
+            plan,
             config.max_slots,
             prepared.context,
             phases.seconds,
@@ -281,6 +337,7 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console) -> Eng
         buckets=config.prefill_buckets,
         stall_tokens=config.stall_tokens,
         timing=None if profile is None else timing_of(config.scheduler, profile),
+        pages=PagePool(pages=runner.pages, table=runner.table_shape, prefix_caching=config.prefix_caching),
     )
     engine = Engine(
         runner,

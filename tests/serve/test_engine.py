@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import threading
 import time
+import zlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -15,6 +16,7 @@ from serve.engine import Engine
 from serve.gateway import Gateway, Ticket
 from serve.latency import make_table
 from serve.metrics import Metrics
+from serve.pages import PAGE, PagePool
 from serve.request import Admission, Output, Request, SamplingParams, Slo, TokenLogprobs, UnattainableError
 from serve.sampling import Logprobs
 from serve.slots import SlotScheduler, Timing
@@ -25,7 +27,7 @@ SLOTS = 2
 class CountingRunner:
     """A device whose slot answers a prompt ending in token t with t+1, t+2, ...; can be told to fail or to be slow."""
 
-    slots = SLOTS
+    slots, buckets = SLOTS, (4, 8)
 
     def __init__(self) -> None:
         self.last = np.zeros(SLOTS, np.int64)
@@ -45,6 +47,8 @@ class CountingRunner:
         last: bool,
         params: SamplingParams,
         level: int,
+        first: bool,
+        answered: int,
     ) -> np.ndarray:
         assert len(tokens) <= bucket
         assert level == 0 or bucket == 4
@@ -63,6 +67,9 @@ class CountingRunner:
     def recover(self, error: Exception) -> None:
         raise error
 
+    def use_table(self, table: np.ndarray) -> None:
+        """It has no use for it."""
+
     def logprobs(self, wanted: np.ndarray) -> Logprobs:
         """Token t has log-probability -t, and tokens t+100, t+99, ... are the likeliest."""
         self.judged.append(tuple(np.flatnonzero(wanted).tolist()))
@@ -70,12 +77,56 @@ class CountingRunner:
         return Logprobs(chosen=-self.last.astype(np.float32), top=-np.arange(20.0) + np.zeros((SLOTS, 1)), token=top)
 
 
+class PagedRunner(CountingRunner):
+    """A device that reads its tokens back from pages, by the table: the next is made of all that are before it."""
+
+    slots, buckets = 6, (16, 64)
+
+    def __init__(self, pages: int) -> None:
+        super().__init__()
+        self.last, self.length = np.zeros(self.slots, np.int64), np.zeros(self.slots, np.int64)
+        self.held = np.full((pages, PAGE), -1, np.int64)
+        self.table = np.zeros((self.slots, 8), np.int32)
+
+    def pool(self) -> PagePool:
+        return PagePool(pages=len(self.held), table=self.table.shape)
+
+    def use_table(self, table: np.ndarray) -> None:
+        self.table = table.copy()
+
+    def _append(self, slot: int, tokens: Sequence[int], start: int) -> None:
+        places = start + np.arange(len(tokens))
+        numbers = self.table[slot, places // PAGE]
+        assert numbers.all(), "a token was written to the page that nobody owns"
+        self.held[numbers, places % PAGE] = tokens
+        self.length[slot] = start + len(tokens)
+        self.last[slot] = following(self.held[self.table[slot]].reshape(-1)[: self.length[slot]])
+
+    def prefill(self, tokens: Sequence[int], *, slot: int, start: int, last: bool, **_: object) -> np.ndarray:
+        self._append(slot, tokens, start)
+        return self.last[slot].copy()
+
+    def decode(self, active: np.ndarray) -> np.ndarray:
+        time.sleep(self.step_seconds)
+        for slot in np.flatnonzero(active):
+            self._append(slot, self.last[slot, None], self.length[slot])
+        return self.last.copy()
+
+
+def following(tokens: np.ndarray) -> int:
+    """Give the token that comes after others."""
+    return zlib.crc32(tokens.tobytes()) % 50
+
+
 class Bench:
     """An engine with its runner, and the outputs of each request by id."""
 
-    def __init__(self, timing: Timing | None = None) -> None:
-        self.runner = CountingRunner()
-        self.scheduler = SlotScheduler(num_slots=SLOTS, buckets=(4, 8), stall_tokens=4, timing=timing)
+    def __init__(self, timing: Timing | None = None, runner: CountingRunner | None = None) -> None:
+        self.runner = CountingRunner() if runner is None else runner
+        self.pages = self.runner.pool() if isinstance(self.runner, PagedRunner) else None
+        self.scheduler = SlotScheduler(
+            num_slots=self.runner.slots, buckets=self.runner.buckets, stall_tokens=4, timing=timing, pages=self.pages
+        )
         self.metrics = Metrics("counting")
         self.outputs: dict[str, list[Output]] = {}
         self._changed = threading.Condition()
@@ -364,3 +415,63 @@ def test_a_thousand_requests_of_all_kinds_end_and_give_everything_back(seed: int
     assert not bench.scheduler.running.decoding.any()
     assert bench.gauge("kv_cache_usage_perc") == 0
     assert sorted(bench.scheduler._free) == list(range(SLOTS))
+
+
+def expected_answer(prompt: Sequence[int], count: int) -> str:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(following(np.array(tokens)))
+    return "".join(f"[{token}]" for token in tokens[len(prompt) :])
+
+
+@settings(max_examples=2, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_a_thousand_requests_on_too_few_pages_all_end_and_give_every_page_back(seed: int) -> None:
+    """Six slots share pages for hardly two of the longest; many prompts begin alike, three in ten are abandoned."""
+    rng = np.random.default_rng(seed)
+    bench = Bench(runner=PagedRunner(pages=14))
+    assert bench.pages is not None
+    beginnings = [tuple(rng.integers(0, 50, 200).tolist()) for _ in range(4)]
+    requests, expected = [], {}
+    for i in range(1000):
+        prompt = (
+            *beginnings[rng.integers(4)][: rng.integers(1, 200)],
+            *rng.integers(0, 50, rng.integers(1, 30)).tolist(),
+        )
+        tokens = int(rng.integers(100, 250)) if rng.random() < 0.1 else int(rng.integers(1, 12))
+        params = SamplingParams(max_tokens=tokens, repetition_penalty=float(rng.choice([1.0, 1.0, 1.2])))
+        requests.append(Request(id=f"r{i}", prompt=prompt, params=params, priority=int(rng.integers(2))))
+        expected[f"r{i}"] = expected_answer(prompt, tokens)
+    gone = {request.id for request in requests if rng.random() < 0.3}
+    for request in requests:
+        bench.engine.submit(request)
+        if request.id in gone and rng.random() < 0.5:
+            bench.engine.abort(request)
+    for request in requests:
+        if request.id in gone:
+            bench.engine.abort(request)
+    for request in requests:
+        if request.id not in gone:
+            assert bench.answer(request.id) == (expected[request.id], "length", request.params.max_tokens)
+    bench.wait(lambda: bench.gauge("num_requests_running") == 0 or time.sleep(0.01) is None)
+    assert bench.engine.stop(timeout=20)
+    assert bench.engine.failure is None
+    assert bench.scheduler.idle
+    assert bench.pages.available == bench.pages.total == 13
+    assert not bench.pages.table.any()
+    assert bench.gauge("kv_cache_usage_perc") == 0
+    assert bench.gauge("num_preemptions_total") > 0
+    assert bench.gauge("prefix_cache_hits_total") > 0
+    assert bench.gauge("prefix_cache_hits_total") < bench.gauge("prefix_cache_queries_total")
+
+
+def test_a_request_that_never_fits_is_refused_and_the_others_go_on() -> None:
+    bench = Bench(runner=PagedRunner(pages=3))
+    try:
+        bench.engine.submit(request("whole", 3, max_tokens=2 * PAGE - 1))
+        bench.engine.submit(request("endless", 3, max_tokens=2 * PAGE))
+        assert bench.answer("endless")[1] == "error"
+        assert "KV cache" in (bench.outputs["endless"][-1].error or "")
+        assert bench.answer("whole") == (expected_answer((0, 3), 2 * PAGE - 1), "length", 2 * PAGE - 1)
+    finally:
+        bench.engine.stop(timeout=20)

@@ -12,6 +12,7 @@ import pytest
 
 from serve.engine import Engine
 from serve.metrics import Metrics
+from serve.pages import PagePool
 from serve.request import Output, Request, SamplingParams
 from serve.runner import Runner
 from serve.slots import SlotScheduler
@@ -57,6 +58,9 @@ class Faulty:
     def logprobs(self, wanted: np.ndarray) -> Any:
         return self.inner.logprobs(wanted)
 
+    def use_table(self, table: np.ndarray) -> None:
+        self.inner.use_table(table)
+
     def recover(self, error: Exception) -> None:
         if self.lost:
             raise error
@@ -84,7 +88,10 @@ class Bench:
         self._changed = threading.Condition()
         self.engine = Engine(
             self.runner,
-            SlotScheduler(num_slots=SLOTS, buckets=BUCKETS, stall_tokens=16),
+            SlotScheduler(
+                num_slots=SLOTS, buckets=BUCKETS, stall_tokens=16,
+                pages=PagePool(pages=runner.pages, table=runner.table_shape),
+            ),
             decode=self._decode,
             deliver=self._deliver,
             metrics=self.metrics,

@@ -45,7 +45,7 @@ class WordRunner:
 
     def prefill(
         self, tokens: Sequence[int], *, slot: int, start: int, bucket: int, last: bool, params: SamplingParams,
-        level: int,
+        level: int, first: bool, answered: int,
     ) -> np.ndarray:  # fmt: skip
         self.last[slot] = (tokens[-1] + 1) % CONTEXT
         return self.last[slot].copy()
@@ -57,6 +57,9 @@ class WordRunner:
         return self.last.copy()
 
     def logprobs(self, wanted: np.ndarray) -> Any:
+        raise NotImplementedError
+
+    def use_table(self, table: np.ndarray) -> None:
         raise NotImplementedError
 
     def recover(self, error: Exception) -> None:

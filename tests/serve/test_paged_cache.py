@@ -8,8 +8,9 @@ import pytest
 
 from pallas_kernels.dispatch import compiling_for
 from serve import cache as cache_module
-from serve.cache import SCRATCH, KVCache, allocate
-from serve.paged_cache import PAGE, PagedKVCache, suits_pages
+from serve.cache import KVCache, allocate
+from serve.paged_cache import PagedKVCache, suits_pages
+from serve.pages import PAGE, SCRATCH
 from serve.request import SamplingParams
 from serve.runner import Runner
 from spear_jax.config import ModelConfig
