@@ -89,7 +89,9 @@ class Bench:
         self.engine = Engine(
             self.runner,
             SlotScheduler(
-                num_slots=SLOTS, buckets=BUCKETS, stall_tokens=16,
+                num_slots=SLOTS,
+                buckets=BUCKETS,
+                stall_tokens=16,
                 pages=PagePool(pages=runner.pages, table=runner.table_shape),
             ),
             decode=self._decode,
