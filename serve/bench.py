@@ -28,9 +28,10 @@ _IDS = (100, 4000)
 class BenchConfig:
     """Offer a load, and measure what becomes of it.
 
-    That is time to first token (TTFT), gaps (ITL), their mean (TPOT), whole answers (E2E), throughput and goodput. A
-    table and progress go to stderr, JSON to stdout. Prompts are random tokens, answers greedy and without an end of
-    text. A server's gaps are those of events with text, which may hold several tokens.
+    That is time to first token (TTFT), gaps (ITL), their mean (TPOT), whole answers (E2E), throughput and goodput; of
+    an engine in this process also the share of the time that steps took, and what its thread did for them. A table and
+    progress go to stderr, JSON to stdout. Prompts are random tokens, answers greedy and without an end of text. A
+    server's gaps are those of events with text, which may hold several tokens.
     """
 
     url: str | None = None
@@ -97,7 +98,12 @@ class BenchConfig:
         self.serve.check()
 
 
-type Send = Callable[[Job, Sequence[int]], Awaitable[Answer]]
+@dataclasses.dataclass(frozen=True)
+class Send:
+    """Sends a request and measures its answer; `spent` gives seconds of (steps, host) so far, where they are known."""
+
+    call: Callable[[Job, Sequence[int]], Awaitable[Answer]]
+    spent: Callable[[], tuple[float, float]] | None = None
 
 
 @asynccontextmanager
@@ -146,7 +152,7 @@ async def _server(config: BenchConfig) -> AsyncIterator[Send]:
             tokens = usage.get("completion_tokens", len(times))
             return Answer(times=times, tokens=tokens, prompt=len(prompt), uncompensated=dropped)
 
-        yield send
+        yield Send(send)
 
 
 @asynccontextmanager
@@ -188,8 +194,10 @@ async def _engine(config: BenchConfig) -> AsyncIterator[Send]:
             ticket.close()
         return Answer(times=times, tokens=len(times), prompt=len(prompt), uncompensated=dropped)
 
+    metrics = gateway.metrics
+    assert metrics is not None
     try:
-        yield send
+        yield Send(send, lambda: (metrics.read("step_seconds_total"), metrics.read("engine_host_seconds_total")))
     finally:
         engine.stop(timeout=60)
 
@@ -205,17 +213,29 @@ async def _measure(config: BenchConfig) -> dict[str, dict[str, Any]]:
         with Progress(*columns, TimeRemainingColumn(), console=screen, disable=not screen.is_terminal) as progress:
 
             async def send(job: Job) -> Answer:
-                answer = await plain(job, rng.integers(*_IDS, job.prompt).tolist())
+                answer = await plain.call(job, rng.integers(*_IDS, job.prompt).tolist())
                 progress.advance(task)
                 return answer
 
             for name, run in _runs(config, lengths).items():
                 task = progress.add_task(name, total=len(run.jobs) + run.streams)
                 await asyncio.gather(*(send(job) for job in run.warm_up))
-                begin = time.perf_counter()
+                begin, before = time.perf_counter(), (0.0, 0.0) if plain.spent is None else plain.spent()
                 answers = await (_closed(run, send) if config.load == "closed" else _open(run, send))
                 seconds = time.perf_counter() - begin
                 results[name] = summarize(answers, seconds=seconds, slo=slo)
+                if plain.spent is not None:
+                    steps, host = (now - then for now, then in zip(plain.spent(), before, strict=True))
+                    tokens = sum(answer.tokens for answer in answers)
+                    results[name] |= {
+                        "step_share": steps / seconds, "host_ms_per_token": 1e3 * host / tokens,
+                        "host_share": host / steps,
+                    }  # fmt: skip
+                    screen.print(
+                        f"{name}: steps took {steps / seconds:.1%} of the time; the engine's thread had a processor "
+                        f"for {1e3 * host / tokens:.2f} ms a token, {host / steps:.1%} of the steps",
+                        style="dim",
+                    )
     return results
 
 

@@ -6,6 +6,7 @@ All layers, head and sampling are one jitted program, as the server runs it; not
 import contextlib
 import dataclasses
 import datetime
+import functools
 import itertools
 import json
 import statistics
@@ -27,6 +28,7 @@ from rich.table import Table
 from pallas_kernels.peer_reduce import Reduction
 from serve.gpu import CommandBuffers, command_buffer_options
 from serve.layout import lay_out
+from serve.loop import Call, LoopRunner, LoopSettings
 from serve.runner import DeviceState, Runner
 from spear_jax.cli import parse_flags, run_main
 from spear_jax.config import ModelConfig, load_yaml
@@ -80,6 +82,9 @@ class StepConfig:
 
     steps_per_call: tuple[int, ...] = (1,)
     """Steps that one program does, in a loop on the device."""
+
+    loop: bool = False
+    """Time the server's own loop (`serve/loop.py`), which chooses what each step is, samples, and ends answers."""
 
     steps: int = 48
     """Steps timed together, a multiple of those of a call."""
@@ -154,7 +159,11 @@ def _filled(state: DeviceState, *, context: int) -> DeviceState:
         filled: Any = jax.tree.unflatten(tree, drawn)
         if isinstance(cache, PeerCache):
             filled = dataclasses.replace(cache, cache=filled)
-        return dataclasses.replace(state, cache=filled, length=jnp.full_like(state.length, context))
+        slots = state.slots
+        if slots is not None:
+            running = dataclasses.replace(slots.running, decoding=jnp.ones_like(slots.running.decoding))
+            slots = dataclasses.replace(slots, remaining=jnp.full_like(slots.remaining, 2**30), running=running)
+        return dataclasses.replace(state, cache=filled, length=jnp.full_like(state.length, context), slots=slots)
 
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.block_until_ready(jax.jit(fill, donate_argnums=0, out_shardings=places)(state))
@@ -174,21 +183,23 @@ def time_steps(
 
     Medians in milliseconds: `ms` of a step, `host_ms` of the part in which the host starts it and does not wait.
     """
-    runner = Runner(
-        model,
-        slots=rows,
-        context=config.context + config.steps * (config.repeats + 1) + _WARM_UP * per_call,
-        buckets=[1],
-        lone_program=False,
-        greedy_program=config.sampling == "greedy",
-        steps_per_call=per_call,
-        compiler_options=command_buffer_options(buffers) if jax.default_backend() == "gpu" else None,
-        mesh=mesh,
-    )
+    options: dict[str, Any] = {
+        "slots": rows,
+        "context": config.context + config.steps * (config.repeats + 1) + _WARM_UP * per_call,
+        "buckets": [1],
+        "lone_program": False,
+        "compiler_options": command_buffer_options(buffers) if jax.default_backend() == "gpu" else None,
+        "mesh": mesh,
+    }
+    if config.loop:
+        runner = LoopRunner(model, settings=LoopSettings(passes=per_call, stall_tokens=1), **options)
+        step = functools.partial(runner.advance, Call.of(slots=rows, drop=np.zeros(rows, bool), passes=per_call))
+    else:
+        runner = Runner(model, greedy_program=config.sampling == "greedy", steps_per_call=per_call, **options)
+        step = functools.partial(runner.decode, np.ones(rows, bool))
     runner._state = _filled(runner._state, context=config.context)
-    active = np.ones(rows, bool)
     for _ in range(_WARM_UP):
-        jax.block_until_ready(runner.decode(active))
+        jax.block_until_ready(step())
         runner.check()
     times = []
     for repeat in range(config.repeats + 1):
@@ -199,7 +210,7 @@ def time_steps(
             begin, token = time.perf_counter(), None
             for _ in range(config.steps // per_call):
                 # None is kept but the last: memory is given out at the same places again, as CUDA graphs want it.
-                token = runner.decode(active)
+                token = step()
             called = time.perf_counter()
             jax.block_until_ready(token)
         if repeat < config.repeats:

@@ -120,6 +120,11 @@ class ServeConfig:
     """Prompt tokens (padding included) that may run between two decode steps while answers without limits on time are
     being streamed."""
 
+    steps_per_call: int | None = None
+    """Decode steps and prompt chunks that the device may do before it comes back to the host: in a loop of its own,
+    fewer where tokens would come too late. 1: the host starts each program. By default 16 on CPUs and TPUs, 1 on GPUs,
+    where the loop was not measured yet."""
+
     scheduler: SchedulerConfig = SchedulerConfig()
     """Limits on time."""
 
@@ -181,6 +186,8 @@ class ServeConfig:
         ):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if self.steps_per_call is not None and self.steps_per_call < 1:
+            raise ValueError(f"steps_per_call must be at least 1, got {self.steps_per_call}")
         if self.port > 65535:
             raise ValueError(f"port must be at most 65535, got {self.port}")
         if self.max_context is not None and self.max_context < 2:

@@ -7,17 +7,18 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jax.typing import ArrayLike
 
 from serve.detokenize import Detokenizer, LogprobsHolder, StopMatcher
+from serve.loop import Call, Ring
 from serve.metrics import Metrics
-from serve.request import FinishReason, Output, Request, SamplingParams, TokenLogprobs
+from serve.request import FinishReason, Output, Request, SamplingParams, Slo, TokenLogprobs
 from serve.sampling import Logprobs
-from serve.slots import SlotScheduler, Step
+from serve.slots import SlotScheduler
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,11 @@ _IDLE_WAIT_SECONDS = 1.0
 
 _MAX_IDLE_FAULTS = 3
 """Iterations in a row that may fail with nobody in a slot before the engine gives up."""
+
+_CALL_SECONDS = 0.025
+"""How long calls of the loop without prompts may take: tokens come so far apart, and newcomers wait up to twice."""
+
+_PACE_RATE = 0.2
 
 
 class StepRunner(Protocol):
@@ -70,6 +76,37 @@ class StepRunner(Protocol):
         ...
 
 
+@runtime_checkable
+class LoopedRunner(Protocol):
+    """A device that chooses by itself what to do in up to `passes` chunks and decode steps of a call."""
+
+    slots: int
+    passes: int
+
+    def stage(self, request: Request, slot: int, *, slo: Slo, cached: int, answer: Sequence[int], since: float) -> None:
+        """Put a request into a slot, with `cached` tokens in its pages.
+
+        `answer` was generated before it lost a slot; its first token came `since` seconds after the last call began.
+        """
+        ...
+
+    def use_table(self, table: np.ndarray) -> None:
+        """Give every slot its pages [S, M], from the next call on."""
+        ...
+
+    def advance(self, call: Call) -> ArrayLike:
+        """Start a call; `Ring.of` reads what it did."""
+        ...
+
+    def logprobs(self, wanted: np.ndarray) -> Logprobs:
+        """Judge the last token of every wanted slot [S], as the call before gave it."""
+        ...
+
+    def recover(self, error: Exception) -> None:
+        """Make the state of idle slots anew after `error` in a call; raise if the device cannot be used any more."""
+        ...
+
+
 @dataclasses.dataclass(kw_only=True, eq=False)
 class _Live:
     """What the engine knows of a request that it has not finished.
@@ -101,14 +138,30 @@ class _Call:
     """A device call whose tokens have not been looked at: one for each slot, or one alone; `rows` says whose they are.
 
     `predicted` is what the iteration that it ends was to take, where the device went from the one before straight to
-    it; else 0.
+    it; else 0. It was handed over at `begin`.
     """
 
     token: ArrayLike
     rows: list[tuple[Request, int]]
+    begin: float
     logprobs: Logprobs | None = None
     ends: bool = True
     predicted: float = 0.0
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Loop:
+    """A call of the loop on the device, of `passes` at most, that has not been looked at, and who has which slot in it.
+
+    `alone`: it may have had to wait for the host, so that its time says nothing.
+    """
+
+    ring: ArrayLike
+    passes: int
+    holders: dict[int, Request]
+    logprobs: Logprobs | None
+    alone: bool
+    begin: float
 
 
 class Engine:
@@ -121,11 +174,14 @@ class Engine:
     A call of the device that fails costs time, not answers: the state is made anew, and those who held a slot are run
     again from their prompt and what was generated. If it fails again for the same ones, each of them goes on as the
     only one of them at a time; who has a slot then, when it fails, ends with an error.
+
+    A `LoopedRunner` is handed calls of several such iterations instead, one ahead; it chooses chunks and ends answers
+    by itself, and says afterwards what it did.
     """
 
     def __init__(
         self,
-        runner: StepRunner,
+        runner: StepRunner | LoopedRunner,
         scheduler: SlotScheduler,
         *,
         decode: Callable[[Sequence[int]], str],
@@ -141,7 +197,9 @@ class Engine:
         self._cache_tokens = context * runner.slots
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._live: dict[Request, _Live] = {}
-        self._in_flight: collections.deque[_Call] = collections.deque()
+        self._in_flight: collections.deque[_Call | _Loop] = collections.deque()
+        self._ends = 0  # answers that the device said have ended
+        self._pace: dict[int, float] = {}  # seconds of a decode step, by the number of those who decode
         self._outputs: list[tuple[Request, Output]] = []
         self._again: dict[Request, Request] = {}  # what a client's request is called after a fault
         self._suspects: collections.deque[_Live] = collections.deque()  # each to be tried without the others
@@ -149,7 +207,7 @@ class Engine:
         self._prompt_of: Request | None = None  # whose prompt is being handed to the device
         self._idle_faults = 0
         self._stopping = False
-        self._beat = self._last_end = time.monotonic()
+        self._beat = self._last_end = self._last_call = self._settled = time.monotonic()
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -232,6 +290,7 @@ class Engine:
         if guilty is not None:
             self._fail(guilty)
         self._runner.recover(error)
+        self._ends = 0
         if self._scheduler.pages is not None:
             self._scheduler.pages.forget()
         for live in reversed([live for live in holders if live is not guilty]):
@@ -291,18 +350,18 @@ class Engine:
             self._suspects.remove(live)
 
     def _iterate(self) -> None:
-        self._beat = time.monotonic()
+        self._beat, busy = time.monotonic(), time.thread_time()
         self._try_next_suspect()
         self._take_inbox()
         now = time.monotonic()
-        for request in self._scheduler.reserve():
-            self._preempted(request)
-        for request, _ in self._scheduler.admit(now):
-            self._begin(request, now)
-        enqueued = self._enqueue(self._scheduler.next_step(now))
+        if isinstance(self._runner, LoopedRunner):
+            enqueued = self._enqueue_loop(self._runner, now)
+        else:
+            enqueued = self._enqueue(self._runner, now)
         while self._in_flight and (not enqueued or len(self._in_flight) > 1):
             self._settle(self._in_flight.popleft())
         self._set_gauges()
+        self._metrics.host_seconds.inc(time.thread_time() - busy)
 
     def _take_inbox(self) -> None:
         """Run what other threads asked for; with nothing else to do, wait for it."""
@@ -328,21 +387,32 @@ class Engine:
     def _preempted(self, request: Request) -> None:
         """Forget what is in flight of a request that lost its slot: it will be computed again."""
         for call in self._in_flight:
-            call.rows[:] = [row for row in call.rows if row[0] is not request]
+            if isinstance(call, _Loop):
+                call.holders = {slot: holder for slot, holder in call.holders.items() if holder is not request}
+            else:
+                call.rows[:] = [row for row in call.rows if row[0] is not request]
         self._live[request].uncompensated = 0
         self._metrics.preemptions.inc()
 
-    def _enqueue(self, step: Step) -> bool:
-        """Hand an iteration to the device; says whether there was anything to do."""
-        calls: list[_Call] = []
+    def _use_table(self) -> None:
         pages = self._scheduler.pages
         if pages is not None and pages.changed:
             self._runner.use_table(pages.table)
             pages.changed = False
+
+    def _enqueue(self, runner: StepRunner, now: float) -> bool:
+        """Hand an iteration to the device; says whether there was anything to do."""
+        for request in self._scheduler.reserve():
+            self._preempted(request)
+        for request, _ in self._scheduler.admit(now):
+            self._begin(request, now)
+        step = self._scheduler.next_step(now)
+        calls: list[_Call] = []
+        self._use_table()
         for request, chunk in step.chunks:
             self._prompt_of = None if calls else request
             end = chunk.start + chunk.length
-            token = self._runner.prefill(
+            token = runner.prefill(
                 self._scheduler.prompt[request][chunk.start : end],
                 slot=chunk.slot,
                 start=chunk.start,
@@ -360,7 +430,7 @@ class Engine:
             calls.append(self._call(token, [(request, chunk.slot)] if chunk.last else []))
         self._prompt_of = None
         if rows := [(request, slot) for request, slot in self._scheduler.decoding.items() if step.run[slot]]:
-            calls.append(self._call(self._runner.decode(step.run), rows))
+            calls.append(self._call(runner.decode(step.run), rows))
         if calls:
             self._metrics.iteration_tokens.observe(len(rows) + sum(chunk.length for _, chunk in step.chunks))
             predicted = step.predicted if self._in_flight else 0.0
@@ -373,14 +443,110 @@ class Engine:
         """Note what was just handed to the device, and ask for the log-probabilities that somebody wants of it."""
         wanted = np.zeros(self._runner.slots, bool)
         wanted[[slot for request, slot in rows if request.params.logprobs is not None]] = True
+        begin = time.monotonic()
         logprobs = self._runner.logprobs(wanted) if wanted.any() else None
-        return _Call(token=token, rows=rows, logprobs=logprobs, ends=False)
+        return _Call(token=token, rows=rows, begin=begin, logprobs=logprobs, ends=False)
 
-    def _settle(self, call: _Call) -> None:
-        """Wait for a call's tokens and pass on the text they give."""
+    def _enqueue_loop(self, runner: LoopedRunner, now: float) -> bool:
+        """Start a call of the loop; says whether there was anything to do."""
+        scheduler, timing = self._scheduler, self._scheduler.timing
+        passes = self._passes(runner.passes)
+        # The tokens of the calls in flight are not counted yet.
+        ahead = sum(call.passes for call in self._in_flight if isinstance(call, _Loop))
+        for request in scheduler.reserve(ahead + passes):
+            self._preempted(request)
+        for request, slot in scheduler.admit(now):
+            self._begin(request, now)
+            self._stage(runner, request, slot)
+        holders = scheduler.holders
+        if not holders:
+            return False
+        self._use_table()
+        wanted = np.zeros(runner.slots, bool)
+        wanted[[slot for slot, request in holders.items() if request.params.logprobs is not None]] = True
+        passes = 1 if wanted.any() else min(passes, self._passes(runner.passes))
+        call = Call.of(
+            slots=runner.slots, drop=scheduler.left.copy(), passes=passes, waiting=bool(scheduler.waiting),
+            ends=self._ends, elapsed=now - self._last_call, drift=1.0 if timing is None else timing.drift.factor,
+            prompts=scheduler.prompts(now),
+        )  # fmt: skip
+        self._last_call = now
+        scheduler.left[:] = False
+        ring = runner.advance(call)
+        logprobs = runner.logprobs(wanted) if wanted.any() else None
+        alone = not self._in_flight
+        self._in_flight.append(
+            _Loop(ring=ring, passes=passes, holders=holders, logprobs=logprobs, alone=alone, begin=now)
+        )
+        return True
+
+    def _stage(self, runner: LoopedRunner, request: Request, slot: int) -> None:
+        live, scheduler = self._live[request], self._scheduler
+        self._prompt_of = request
+        runner.stage(
+            live.client, slot, slo=scheduler.slo[request], cached=scheduler.found[request][0],
+            answer=scheduler.prompt[request][len(live.client.prompt) :], since=live.first_token - self._last_call,
+        )  # fmt: skip
+        self._prompt_of = None
+
+    def _passes(self, most: int) -> int:
+        """Choose how much a call may do: an iteration while there are prompts, else as many steps as may come at once.
+
+        Those take no longer than anybody allows between tokens, and a newcomer must wait for up to two calls.
+        """
+        scheduler = self._scheduler
+        if scheduler.prefilling:
+            return min(2, most)
+        share = 1.0 if scheduler.timing is None else scheduler.timing.share
+        allowed = min(_CALL_SECONDS, share * scheduler.tightest_gap())
+        step = self._pace.get(len(scheduler.decoding), _CALL_SECONDS)
+        return min(max(int(allowed / step), 1), most)
+
+    def _settle(self, call: _Call | _Loop) -> None:
+        """Wait for what a call gives, and pass on the text of its tokens."""
+        if isinstance(call, _Loop):
+            self._settle_loop(call)
+        else:
+            self._settle_step(call)
+        self._flush()
+
+    def _settle_loop(self, call: _Loop) -> None:
+        """Count what a call did."""
+        ring = Ring.of(call.ring)
+        logprobs: Logprobs | None = call.logprobs and jax.device_get(call.logprobs)
+        now, passes = self._settle_time(call.begin), len(ring.tokens)
+        self._ends = ring.ends
+        scheduler, metrics, timing = self._scheduler, self._metrics, self._scheduler.timing
+        if passes and not call.alone:
+            seconds = now - self._last_end
+            if timing is not None and ring.predicted > 0:
+                timing.drift.observe(predicted=ring.predicted, observed=seconds)
+                metrics.drift.set(timing.drift.factor)
+            if not any(length for _, length, _, _ in ring.chunks):
+                count = sum(token >= 0 for token in ring.tokens[0])
+                pace = self._pace.setdefault(count, seconds / passes)
+                self._pace[count] = pace + _PACE_RATE * (seconds / passes - pace)
+        self._last_end = now
+        for (place, length, level, skipped), row in zip(ring.chunks, ring.tokens, strict=True):
+            metrics.skipped.inc(skipped)
+            request = call.holders.get(place) if length else None
+            if request in self._live:
+                scheduler.chunk_seen(request, length, level, now)
+                metrics.prompt_tokens.inc(length)
+                if level:
+                    self._live[request].uncompensated += length
+                    metrics.uncompensated.inc(length)
+            for slot, request in call.holders.items():
+                live = self._live.get(request)
+                if live is not None and (token := row[slot]) >= 0:
+                    if not length:
+                        scheduler.step_seen(slot)
+                    self._give(live, token, slot, logprobs, now)
+
+    def _settle_step(self, call: _Call) -> None:
         tokens = np.asarray(call.token)
         logprobs: Logprobs | None = call.logprobs and jax.device_get(call.logprobs)
-        now = time.monotonic()
+        now = self._settle_time(call.begin)
         if call.ends:
             if call.predicted and self._scheduler.timing is not None:
                 drift = self._scheduler.timing.drift
@@ -390,21 +556,30 @@ class Engine:
         for request, slot in call.rows:
             live = self._live.get(request)
             if live is not None:
-                token = int(tokens[slot] if tokens.ndim else tokens)
-                entry = None
-                if logprobs is not None and (count := request.params.logprobs) is not None:
-                    entry = logprobs.of(slot, token=token, count=count, offset=live.characters)
-                try:
-                    self._advance(live, token, entry, now)
-                except Exception:
-                    log.exception("request %s fails: its token %d cannot be turned into text", live.client.id, token)
-                    self._fail(live)
-        self._flush()
+                self._give(live, int(tokens[slot] if tokens.ndim else tokens), slot, logprobs, now)
+
+    def _give(self, live: _Live, token: int, slot: int, logprobs: Logprobs | None, now: float) -> None:
+        """Give a request its next token."""
+        entry = None
+        if logprobs is not None and (count := live.client.params.logprobs) is not None:
+            entry = logprobs.of(slot, token=token, count=count, offset=live.characters)
+        try:
+            self._advance(live, token, entry, now)
+        except Exception:
+            log.exception("request %s fails: its token %d cannot be turned into text", live.client.id, token)
+            self._fail(live)
 
     def _flush(self) -> None:
         if self._outputs:
             outputs, self._outputs = self._outputs, []
             self._deliver(outputs)
+
+    def _settle_time(self, begin: float) -> float:
+        """Count the time since the call before ended, or since this one began; gives the time now."""
+        now = time.monotonic()
+        self._metrics.step_seconds.inc(now - max(begin, self._settled))
+        self._settled = now
+        return now
 
     def _advance(self, live: _Live, token: int, entry: TokenLogprobs | None, now: float) -> None:
         request, metrics = live.client, self._metrics

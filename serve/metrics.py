@@ -43,6 +43,10 @@ class Metrics:
             "spear:checkpoint_reloads", "Times that the model was read again, by whether it is the one served since.",
             ["model_name", "taken"], registry=self.registry,
         )  # fmt: skip
+        self.host_seconds = self._counter(
+            "engine_host_seconds", "Processor time of the engine's thread: what the host does for the device's steps."
+        )
+        self.step_seconds = self._counter("step_seconds", "Time in which the device had steps to do.")
         self.compilations = self._counter(
             "compilations_after_ready", "Programs compiled after the server said it was ready; more than 0 is a defect."
         )
@@ -90,6 +94,12 @@ class Metrics:
     def finished(self, reason: FinishReason) -> None:
         """Count the end of a request."""
         self._success.labels(self._model_name, reason).inc()
+
+    def read(self, name: str) -> float:
+        """Give what a gauge or a counter stands at."""
+        value = self.registry.get_sample_value(f"spear:{name}", {"model_name": self._model_name})
+        assert value is not None, name
+        return value
 
     def render(self) -> bytes:
         """Give the text that Prometheus scrapes."""

@@ -49,7 +49,7 @@ class DeviceState:
 
     `token` [S] is the last token of each slot, not yet in the cache; `hidden` [S, D] is what the last step chose it
     from; `length` [S] counts those in the cache; `history` [S, V] is what penalties go by. `table` [S, M] has the pages
-    of each slot.
+    of each slot. `slots` is there where `serve.loop` chooses what is done.
     """
 
     cache: Cache | tuple[Cache, ...] | PeerCache
@@ -59,6 +59,7 @@ class DeviceState:
     length: Any
     sampling: SamplingState
     history: Any
+    slots: Any = None
 
 
 class Runner:
@@ -115,11 +116,11 @@ class Runner:
         self._renumber = jax.jit(_renumbered, donate_argnums=0, out_shardings=self._state.table.sharding)
         self._mesh, self._checked = mesh, time.monotonic()
         jit = functools.partial(_jit, logits=logits, options=compiler_options, mesh=mesh)
-        compiled = functools.partial(jit, tree)
+        self._compiled = compiled = functools.partial(jit, tree)
         self._prefill = compiled(prefill_step)
         self._decode_all = compiled(_repeated(decode_step, steps_per_call))
         self._decode_greedy = compiled(_repeated(greedy_step, steps_per_call)) if greedy_program else None
-        self._decode_one = compiled(_decode_one) if lone_program and slots > 1 else None
+        self._decode_one = compiled(decode_lone) if lone_program and slots > 1 else None
         self._logprobs_all = compiled(all_logprobs)
         self._logprobs_one = compiled(_one_logprobs) if lone_program and slots > 1 else None
         self._special = np.zeros(slots, bool)
@@ -129,8 +130,7 @@ class Runner:
     @property
     def num_programs(self) -> int:
         """How many programs `warm_up` compiles."""
-        others = (self._decode_one, self._logprobs_one, self._decode_greedy)
-        return len(self.buckets) + len(self._lighter) + 2 + sum(program is not None for program in others)
+        return len(self._programs())
 
     @property
     def in_pages(self) -> bool:
@@ -214,8 +214,7 @@ class Runner:
         Raises:
             PeerLostError: About once a second it is looked whether a device waited in vain for another one.
         """
-        if time.monotonic() - self._checked > _CHECK_SECONDS:
-            self.check()
+        self.check_sometimes()
         if self._decode_one is not None and active.sum() == 1:
             token, self._state = self._decode_one(self._leaves, self._state, np.int32(active.argmax()))
             return token
@@ -247,6 +246,11 @@ class Runner:
         del self._state  # there is no memory for two
         self._state = self._idle_state()
 
+    def check_sometimes(self) -> None:
+        """Do what `check` does if a second has passed."""
+        if time.monotonic() - self._checked > _CHECK_SECONDS:
+            self.check()
+
     def check(self) -> None:
         """Wait for the steps that run, and raise where a device was lost.
 
@@ -260,11 +264,8 @@ class Runner:
     def _everywhere(self, array: np.ndarray) -> Array:
         return jax.device_put(array, None if self._mesh is None else NamedSharding(self._mesh, SAME))
 
-    def warm_up(self) -> Iterator[str]:
-        """Compile every program, two at a time, and run it once; yield the name of each that is done.
-
-        From a warm cache most of the time goes into reading programs back, which does not hold Python's lock.
-        """
+    def _programs(self) -> list[tuple[str, Any, list[Array], tuple[Any, ...]]]:
+        """Give every program by name, with the arrays of its model and the arguments to warm it up with."""
         programs: list[tuple[str, Any, list[Array], tuple[Any, ...]]] = []
 
         def add_prefill(name: str, program: Any, leaves: list[Array], bucket: int) -> None:
@@ -277,11 +278,23 @@ class Runner:
             add_prefill(f" with compensators {level}", program, leaves, self.buckets[0])
         if self._decode_one is not None:
             programs.append(("decode 1", self._decode_one, self._leaves, (np.int32(0),)))
-            programs.append(("logprobs 1", self._logprobs_one, self._leaves, (np.int32(0),)))
         if self._decode_greedy is not None:
             programs.append((f"greedy {self.slots}", self._decode_greedy, self._leaves, (self._active[1],)))
         programs.append((f"decode {self.slots}", self._decode_all, self._leaves, (self._active[1],)))
-        programs.append((f"logprobs {self.slots}", self._logprobs_all, self._leaves, ()))
+        return programs + self._judging()
+
+    def _judging(self) -> list[tuple[str, Any, list[Array], tuple[Any, ...]]]:
+        programs: list[tuple[str, Any, list[Array], tuple[Any, ...]]] = []
+        if self._logprobs_one is not None:
+            programs.append(("logprobs 1", self._logprobs_one, self._leaves, (np.int32(0),)))
+        return [*programs, (f"logprobs {self.slots}", self._logprobs_all, self._leaves, ())]
+
+    def warm_up(self) -> Iterator[str]:
+        """Compile every program, two at a time, and run it once; yield the name of each that is done.
+
+        From a warm cache most of the time goes into reading programs back, which does not hold Python's lock.
+        """
+        programs = self._programs()
 
         state = _shapes(self._state)
 
@@ -488,9 +501,10 @@ def _repeated(step: Callable[..., tuple[Array, DeviceState]], count: int) -> Cal
     return steps
 
 
-def _decode_one(
+def decode_lone(
     model: Decoder, logits: Logits, state: DeviceState, slot: Int[Array, ""]
 ) -> tuple[Int[Array, " S"], DeviceState]:
+    """Give the next token of one slot; the other entries are their last ones."""
     position = state.length[slot][None]
     where = position[:, None]
     hidden, cache = _run(model, state, state.token[slot][None, None], where, slot_attend(slot, where))

@@ -95,7 +95,7 @@ def plan(
 @register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Iteration:
-    """What is decided of an iteration so far: `run` [S] will decode, chunks of prompts have `tokens` and take `seconds`.
+    """What is decided of an iteration so far: `run` [S] will decode, its chunks have `tokens` and take `seconds`.
 
     In all it may take `budget` seconds or, where these are not limited, `room` more tokens (padding included). It is
     `open` while another chunk may follow.
@@ -112,7 +112,7 @@ class Iteration:
 @register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """The prompt that is next: its slot, where it goes on and the tokens left, and seconds that its answer allows a gap.
+    """The prompt that is next: its slot, where it goes on, the tokens left, and the gap its answer allows, in seconds.
 
     `droppable`, `urgent` (late if it goes on at its pace) and `overdue` (it goes on whatever the limits) are booleans.
     """
@@ -137,7 +137,7 @@ def next_chunk(
     table: LatencyTable | None, buckets: Int[Either, " C"], running: Running, so_far: Iteration, prompt: Prompt, *,
     now: Any, share: Any,
 ) -> tuple[Int[Either, ""], Int[Either, ""], Int[Either, ""], Iteration]:  # fmt: skip
-    """Give the next chunk of an iteration: (tokens, index of the bucket, set of compensators), and what follows from it.
+    """Give the next chunk: (tokens, index of the bucket, set of compensators), and the iteration with it.
 
     The index is -1 if there is none: the iteration ends with a decode step. Without limits on time, chunks are taken
     while there is room. With them the first is as large as `plan` says; others follow while there is time, unless they
@@ -149,9 +149,8 @@ def next_chunk(
     first = so_far.tokens == 0
     fitting = xp.searchsorted(buckets, so_far.room, side="right")
     column = xp.where(first & (so_far.room > 0), xp.maximum(fitting, 1), fitting)
-    run, level = so_far.run, xp.zeros_like(column)
+    run, level, limited = so_far.run, xp.zeros_like(column), so_far.budget < share * UNBOUNDED
     if table is not None:
-        limited = so_far.budget < share * UNBOUNDED
         planned, timed, other = plan(
             table, dataclasses.replace(running, decoding=run), budget=so_far.budget - so_far.seconds,
             start=prompt.start, joins=xp.where(prompt.left <= buckets[-1], 1, 0), droppable=first & prompt.droppable,

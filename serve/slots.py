@@ -116,6 +116,8 @@ class SlotScheduler:
         ] = {}  # of those with a slot: tokens in the cache before, uncompensated
         self._answer: dict[Request, list[int]] = {}  # tokens that were seen
         self._first: dict[Request, float] = {}  # when the first of them was
+        self.left = np.zeros(num_slots, bool)
+        """Slots whose requests have gone since they got them, for who keeps books of its own; never cleared here."""
         self._free = list(range(num_slots))
         self._limit = np.zeros(num_slots)
         self._mean_tokens = _EXPECTED_TOKENS
@@ -166,6 +168,7 @@ class SlotScheduler:
                     break
                 self.waiting.remove(request)
                 slot = self._free.pop(0)
+                self.left[slot] = False
                 self.prefilling[request] = (slot, self.found[request][0])
                 admitted.append((request, slot))
         return admitted
@@ -290,10 +293,37 @@ class SlotScheduler:
             self.pages.free(slot)
         self._free.append(slot)
         self._free.sort()
+        self.left[slot] = True
         return True
 
     def _length(self, request: Request) -> int:
         return len(self.prompt.get(request, request.prompt))
+
+    @property
+    def holders(self) -> dict[int, Request]:
+        """Who holds which slot."""
+        return {slot: r for r, (slot, _) in self.prefilling.items()} | {slot: r for r, slot in self.decoding.items()}
+
+    def prompts(self, now: float) -> list[Prompt]:
+        """Give the prompts that have slots, in the order they are to go on."""
+        return [self.prompt_of(request, now) for request in self._ordered(self.prefilling, now)]
+
+    def chunk_seen(self, request: Request, length: int, level: int, now: float) -> None:
+        """Count a chunk that the device chose and ran."""
+        slot, start = self.prefilling[request]
+        last = start + length == self._length(request)
+        self._take(request, Chunk(slot=slot, start=start, length=length, bucket=length, last=last, level=level), now)
+
+    def step_seen(self, slot: int) -> None:
+        """Count a token of a decode step that the device chose and ran."""
+        running = self.running
+        running.generated[slot] += 1
+        running.context[slot] += 1
+        running.decoding[slot] = running.generated[slot] < self._limit[slot]
+
+    def tightest_gap(self) -> float:
+        """Give the seconds between tokens that are allowed to those who hold slots, by the strictest limit."""
+        return min(map(self._limit_of, [*self.prefilling, *self.decoding]), default=UNBOUNDED)
 
     @property
     def _table(self) -> LatencyTable:

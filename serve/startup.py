@@ -25,6 +25,7 @@ from serve.gateway import Gateway, ModelInfo
 from serve.gpu import command_buffer_options
 from serve.latency import Profile, load_profile
 from serve.layout import lay_out
+from serve.loop import LoopRunner, LoopSettings
 from serve.metrics import Metrics
 from serve.pages import PAGE, PagePool, pages_for
 from serve.request import Slo
@@ -47,6 +48,7 @@ RANDOM = "random:"
 """What the name of a model begins with whose weights are drawn; the YAML file of its architecture follows."""
 
 _DEFAULT_CONTEXT = 2048
+_STEPS_PER_CALL = 16
 _MEMORY_SHARE = 0.95
 """Of the memory that JAX may use; some is lost between arrays."""
 
@@ -217,23 +219,43 @@ def plan_cache(prepared: Prepared, config: ServeConfig) -> CachePlan:
 
 
 def make_runner(
-    prepared: Prepared, config: ServeConfig, *, kept: Sequence[Sequence[str]], pages: int | None = None
+    prepared: Prepared,
+    config: ServeConfig,
+    *,
+    kept: Sequence[Sequence[str]],
+    pages: int | None = None,
+    loop: LoopSettings | None = None,
 ) -> Runner:
-    """Give the runner of a model, with so many pages or for all slots in full; its programs are not compiled yet."""
+    """Give the runner of a model, with so many pages or for all slots in full; its programs are not compiled yet.
+
+    With `loop` it chooses by itself what to do.
+    """
     backend = jax.default_backend()
-    return Runner(
-        prepared.model,
-        slots=config.max_slots,
-        context=prepared.context,
-        buckets=config.prefill_buckets,
-        lone_program=backend == "cpu" and prepared.mesh is None,
-        greedy_program=backend == "gpu",
-        logits=cpu_logits if prepared.dense else Decoder.logits,
-        compiler_options=command_buffer_options(config.command_buffers) if backend == "gpu" else None,
-        mesh=prepared.mesh,
-        kept=kept,
-        pages=pages,
-    )
+    options: dict[str, Any] = {
+        "slots": config.max_slots,
+        "context": prepared.context,
+        "buckets": config.prefill_buckets,
+        "lone_program": backend == "cpu" and prepared.mesh is None,
+        "logits": cpu_logits if prepared.dense else Decoder.logits,
+        "compiler_options": command_buffer_options(config.command_buffers) if backend == "gpu" else None,
+        "mesh": prepared.mesh,
+        "kept": kept,
+        "pages": pages,
+    }
+    if loop is not None:
+        return LoopRunner(prepared.model, settings=loop, **options)
+    return Runner(prepared.model, greedy_program=backend == "gpu", **options)
+
+
+def loop_settings(config: ServeConfig, timing: Timing | None) -> LoopSettings | None:
+    """Give how the device chooses its work, or None where the host starts each program."""
+    steps = config.steps_per_call
+    if steps is None:
+        steps = 1 if jax.default_backend() == "gpu" else _STEPS_PER_CALL
+    if steps == 1:
+        return None
+    limits = {} if timing is None else {"table": timing.table, "share": timing.share}
+    return LoopSettings(passes=steps, stall_tokens=config.stall_tokens, **limits)
 
 
 def table_path(config: ServeConfig) -> Path | None:
@@ -313,8 +335,13 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console) -> Eng
         prepared = dataclasses.replace(prepared, context=plan.context)
         profile = find_profile(config, prepared)
         dropping = profile is not None and config.scheduler.drop_compensators
+        timing = None if profile is None else timing_of(config.scheduler, profile)
         runner = make_runner(
-            prepared, config, kept=profile.kept if profile is not None and dropping else (), pages=plan.pages
+            prepared,
+            config,
+            kept=profile.kept if profile is not None and dropping else (),
+            pages=plan.pages,
+            loop=loop_settings(config, timing),
         )
         with phases.phase("compile", steps=runner.num_programs):
             for program in runner.warm_up():
@@ -336,7 +363,7 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console) -> Eng
         num_slots=config.max_slots,
         buckets=config.prefill_buckets,
         stall_tokens=config.stall_tokens,
-        timing=None if profile is None else timing_of(config.scheduler, profile),
+        timing=timing,
         pages=PagePool(pages=runner.pages, table=runner.table_shape, prefix_caching=config.prefix_caching),
     )
     engine = Engine(

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 
 from pallas_kernels.int4_matmul import Gate
 from serve.bench_step import StepConfig, bench
-from serve.request import SamplingParams
+from serve.loop import Call, LoopRunner, LoopSettings, Ring
+from serve.request import Request, SamplingParams, Slo
 from serve.runner import Runner
 from spear_jax.checkpoint import load_checkpoint, save_checkpoint
 from spear_jax.config import ModelConfig
@@ -77,7 +78,24 @@ def generated(model: Decoder, mesh: Mesh | None) -> tuple[list[list[int]], np.nd
     assert told.token[:, 0].tolist() == [answer[-1] for answer in answers]
     np.testing.assert_array_equal(told.chosen, told.top[:, 0])
     runner.check()
+    assert looped(model, mesh, prompts, len(answers[0])) == answers
     return answers, told.top
+
+
+def looped(model: Decoder, mesh: Mesh | None, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """Answer the prompts by the loop on the device."""
+    settings = LoopSettings(passes=7, stall_tokens=16)
+    runner = LoopRunner(model, settings=settings, slots=2, context=120, buckets=(16,), lone_program=False, mesh=mesh)
+    list(runner.warm_up())
+    for slot, prompt in enumerate(prompts):
+        params = SamplingParams(max_tokens=tokens, temperature=0.0)
+        runner.stage(Request(id="", prompt=prompt, params=params), slot, slo=Slo())
+    answers: list[list[int]] = [[], []]
+    while rows := Ring.of(runner.advance(Call.of(slots=2, drop=np.zeros(2, bool), passes=7))).tokens:
+        for answer, row in zip(answers, zip(*rows, strict=True), strict=True):
+            answer += [token for token in row if token >= 0]
+    runner.check()
+    return answers
 
 
 def compare(whole: Decoder, mesh: Mesh) -> None:

@@ -165,7 +165,7 @@ def test_each_program_compiles_once_wherever_the_arrays_come_from(committed: boo
         runner = Runner(model, slots=2, context=64, buckets=(8, 16), lone_program=True)
         list(runner.warm_up())
         start(runner, 1, prompt_of(9))
-        steps = ("prefill_step", "decode_step", "_decode_one", "all_logprobs", "_one_logprobs")
+        steps = ("prefill_step", "decode_step", "decode_lone", "all_logprobs", "_one_logprobs")
         assert sum(any(step in name for step in steps) for name in compiled) == runner.num_programs
     finally:
         jax.monitoring.clear_event_listeners()
