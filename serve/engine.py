@@ -529,6 +529,7 @@ class Engine:
         self._last_end = now
         for (place, length, level, skipped), row in zip(ring.chunks, ring.tokens, strict=True):
             metrics.skipped.inc(skipped)
+            metrics.iteration_tokens.observe(length or sum(token >= 0 for token in row))
             request = call.holders.get(place) if length else None
             if request in self._live:
                 scheduler.chunk_seen(request, length, level, now)
