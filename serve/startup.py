@@ -195,7 +195,7 @@ def plan_cache(prepared: Prepared, config: ServeConfig) -> CachePlan:
     Raises:
         ValueError: There is no room for a cache, or not for the context that was asked for.
     """
-    page_bytes = cache_page_bytes(prepared.model)
+    page_bytes = cache_page_bytes(prepared.model, int8=config.kv_cache_dtype == "int8")
     pages = 1 + config.max_slots * pages_for(prepared.context)
     if config.kv_cache_gib is not None:
         pages = int(config.kv_cache_gib * 2**30) // page_bytes
@@ -233,6 +233,7 @@ def make_runner(
         mesh=prepared.mesh,
         kept=kept,
         pages=pages,
+        int8_cache=config.kv_cache_dtype == "int8",
     )
 
 
@@ -262,6 +263,7 @@ def table_identity(config: ServeConfig, prepared: Prepared) -> dict[str, Any]:
         "command buffers": config.command_buffers,
         "slots": config.max_slots,
         "context": prepared.context,
+        "KV cache": config.kv_cache_dtype,
         "buckets": sorted(config.prefill_buckets),
     } | package_versions("jax", "spear-jax")
 
