@@ -216,6 +216,17 @@ def plan_cache(prepared: Prepared, config: ServeConfig) -> CachePlan:
     return CachePlan(pages=pages, page_bytes=page_bytes, context=min(prepared.context, tokens))
 
 
+def with_planned_cache(prepared: Prepared, config: ServeConfig, phases: Phases) -> tuple[Prepared, CachePlan]:
+    """Plan the KV cache of a model, and hold it to the context that goes into it.
+
+    Raises:
+        ValueError: As `plan_cache`.
+    """
+    with phases.phase("plan memory"):
+        plan = plan_cache(prepared, config)
+    return dataclasses.replace(prepared, context=plan.context), plan
+
+
 def make_runner(
     prepared: Prepared, config: ServeConfig, *, kept: Sequence[Sequence[str]], pages: int | None = None
 ) -> Runner:
@@ -310,9 +321,7 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console) -> Eng
     """
     with Phases(console) as phases:
         prepared = load_prepared(config, phases)
-        with phases.phase("plan memory"):
-            plan = plan_cache(prepared, config)
-        prepared = dataclasses.replace(prepared, context=plan.context)
+        prepared, plan = with_planned_cache(prepared, config, phases)
         profile = find_profile(config, prepared)
         dropping = profile is not None and config.scheduler.drop_compensators
         runner = make_runner(
