@@ -159,7 +159,7 @@ def compile_steps(aot: AotConfig) -> list[dict[str, Any]]:
     lay_out = lay_out_for_tpu if target.platform == "tpu" else lay_out_for_hopper
     with dispatch.compiling_for(target.platform, kind=target.kind):
         model = abstract_model(config, aot, lay_out)
-        sizes = {"slots": aot.slots, "context": aot.context, "padding": aot.chunk, "devices": aot.tp}
+        sizes: dict[str, Any] = {"slots": aot.slots, "context": aot.context, "padding": aot.chunk, "devices": aot.tp}
         state = jax.eval_shape(lambda: empty_state(model, **sizes))
         results = []
         for name, (step, rest) in steps(model, aot).items():

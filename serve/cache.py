@@ -1,6 +1,7 @@
 """The KV cache in pages, and attention over them in XLA that costs the live length only."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ _MASKED = float(jnp.finfo(jnp.float32).min)
 class KVCache:
     """Keys and values in P pages, `k` and `v`: [L, P, K, PAGE, H] for layers that are scanned, [P, K, PAGE, H] for one.
 
+    In int8 they have float32 factors for each token and head, `k_scale` and `v_scale`, of the same shape but for H: 1.
     `table`, int32 [S, M], has the pages of S slots in order; it is there only during a step. Tokens lie inside of K so
     that a head's keys are one piece of memory and the products with them need no transposed copy. (A leading axis of
     one layer would make XLA's CPU back end copy the cache in every step.)
@@ -32,6 +34,8 @@ class KVCache:
 
     k: Any
     v: Any
+    k_scale: Any = None
+    v_scale: Any = None
     table: Any = None
 
     def attend_slot(
@@ -80,18 +84,28 @@ type Cache = KVCache | PagedKVCache
 type AnyCache = Cache | tuple[Cache, ...] | PeerCache
 
 
-def allocate(config: ModelConfig, *, pages: int, dtype: Any, stacked: bool) -> Cache | tuple[Cache, ...]:
+def allocate(
+    config: ModelConfig, *, pages: int, dtype: Any, stacked: bool, int8: bool = False
+) -> Cache | tuple[Cache, ...]:
     """Make an empty cache of `pages` pages a layer: one for all layers, or one for each where not `stacked`.
 
     For a Hopper GPU or a TPU it is one for all layers where the model is one that the attention kernel can do.
+
+    Raises:
+        ValueError: It is to be in `int8`, and the kernel that writes to it cannot do that.
     """
+    if int8 and suits_pages(config, dtype):
+        raise ValueError("an int8 KV cache is for CPUs: the attention kernels of GPUs and TPUs write bfloat16")
     if suits_pages(config, dtype):
         return PagedKVCache.zeros(config, layers=config.num_layers, pages=pages, dtype=dtype)
 
     def zeros(layers: int | None) -> KVCache:
-        shape = (pages, config.num_kv_heads, PAGE, config.head_dim)
+        shape = (pages, config.num_kv_heads, PAGE)
         shape = shape if layers is None else (layers, *shape)
-        return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+        names = {"k": jnp.int8, "v": jnp.int8, "k_scale": jnp.float32, "v_scale": jnp.float32}
+        names = names if int8 else {"k": dtype, "v": dtype}
+        ends = {name: (1,) if name.endswith("scale") else (config.head_dim,) for name in names}
+        return KVCache(**{name: jnp.zeros((*shape, *ends[name]), kind) for name, kind in names.items()})
 
     return zeros(config.num_layers) if stacked else tuple(zeros(None) for _ in range(config.num_layers))
 
@@ -164,12 +178,29 @@ def _attend(
 ) -> tuple[Float[Array, "B T N H"], KVCache]:
     """Write a layer's new keys and values with `write`, and go over its pages with `read`."""
     q, k = apply_rope(q, rope), apply_rope(k, rope)
+    new = {"k": k, "v": v}
+    if cache.k_scale is not None:
+        (codes, k_scale), (others, v_scale) = _to_int8(k), _to_int8(v)
+        new = {"k": codes, "v": others, "k_scale": k_scale, "v_scale": v_scale}
     with jax.named_scope("cache_write"):
-        keys, values = write(_layer(cache.k, layer), k), write(_layer(cache.v, layer), v)
+        held = {name: write(_layer(getattr(cache, name), layer), rows) for name, rows in new.items()}
+
+    def fetch(name: str, i: Array) -> Float[Array, "B K PAGE H"]:
+        page, scale = read(held[name], i), held.get(f"{name}_scale")
+        return page if scale is None else page.astype(q.dtype) * read(scale, i).astype(q.dtype)
+
     with jax.named_scope("cached_attention"):
-        out = _online_attention(q, keys, values, positions, read, window=window, scale=scale, live=live)
-    k, v = _with_layer(cache.k, layer, keys), _with_layer(cache.v, layer, values)
-    return out, dataclasses.replace(cache, k=k, v=v)
+        keys, values = functools.partial(fetch, "k"), functools.partial(fetch, "v")
+        out = _online_attention(q, keys, values, positions, heads=k.shape[2], window=window, scale=scale, live=live)
+    whole = {name: _with_layer(getattr(cache, name), layer, array) for name, array in held.items()}
+    return out, dataclasses.replace(cache, **whole)
+
+
+def _to_int8(rows: Float[Array, "B T K H"]) -> tuple[Int[Array, "B T K H"], Float[Array, "B T K 1"]]:
+    """Round to int8 with a scale for each token and head."""
+    rows = rows.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(rows), axis=-1, keepdims=True) / 127
+    return jnp.round(rows / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale
 
 
 def _layer(array: Array, layer: Index) -> Array:
@@ -182,11 +213,11 @@ def _with_layer(array: Array, layer: Index, new: Array) -> Array:
 
 def _online_attention(
     q: Float[Array, "B T N H"],
-    keys: Float[Array, "P K PAGE H"],
-    values: Float[Array, "P K PAGE H"],
+    keys: Callable[[Array], Float[Array, "B K PAGE H"]],
+    values: Callable[[Array], Float[Array, "B K PAGE H"]],
     positions: Int[Array, "B T"],
-    read: Callable[[Array, Array], Float[Array, "B K PAGE H"]],
     *,
+    heads: int,
     window: Index,
     scale: float,
     live: Array | None,
@@ -196,9 +227,8 @@ def _online_attention(
     Source: online softmax, Milakov and Gimelshein, arXiv 1805.02867.
     """
     b, t, n, h = q.shape
-    heads = keys.shape[1]
     grouped = jnp.swapaxes(q.reshape(b, t, heads, n // heads, h), 1, 2).reshape(b, heads, t * (n // heads), h)
-    grouped = (grouped * scale).astype(keys.dtype)
+    grouped = (grouped * scale).astype(q.dtype)
     used = jnp.ones((b, 1), bool) if live is None else live[:, None]
     last = jnp.max(jnp.where(used, positions, 0))
     first = jnp.maximum(jnp.min(jnp.where(used, positions, jnp.iinfo(jnp.int32).max)) - window + 1, 0)
@@ -208,14 +238,12 @@ def _online_attention(
         index = (i * PAGE + jnp.arange(PAGE, dtype=jnp.int32))[None, None]
         back = positions[..., None] - index
         seen = jnp.repeat((back >= 0) & (back < window), n // heads, axis=1)[:, None]
-        scores = jnp.einsum("bkqh,bksh->bkqs", grouped, read(keys, i), preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bkqh,bksh->bkqs", grouped, keys(i), preferred_element_type=jnp.float32)
         scores = jnp.where(seen, scores, _MASKED)
         new_top = jnp.maximum(top, scores.max(-1))
         weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
         fade = jnp.exp(top - new_top)
-        products = jnp.einsum(
-            "bkqs,bksh->bkqh", weights.astype(values.dtype), read(values, i), preferred_element_type=jnp.float32
-        )
+        products = jnp.einsum("bkqs,bksh->bkqh", weights.astype(q.dtype), values(i), preferred_element_type=jnp.float32)
         return new_top, total * fade + weights.sum(-1), out * fade[..., None] + products
 
     shape = grouped.shape[:-1]

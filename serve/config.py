@@ -101,6 +101,10 @@ class ServeConfig:
     max_context: int | None = None
     """Tokens of prompt and answer together; by default those of the model, 2048 at most, or what the KV cache holds."""
 
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"
+    """Type of keys and values in the KV cache; auto: that of activations. int8, with a scale for each token and head,
+    takes a little over a quarter of float32; on CPU alone."""
+
     kv_cache_gib: float | None = None
     """GiB of the KV cache on each device. By default on GPUs and TPUs what weights and programs leave of the memory, on
     CPU as much as all slots can fill. With less, answers may have to wait and be computed again."""

@@ -20,7 +20,7 @@ from serve.latency import LatencyTable, Profile, make_table
 from serve.request import SamplingParams
 from serve.runner import Runner
 from serve.scheduler import drop_order
-from serve.startup import Phases, Prepared, load_prepared, make_runner, table_identity, table_path
+from serve.startup import Phases, Prepared, load_prepared, make_runner, table_identity, table_path, with_planned_cache
 from spear_jax.quant import CompensatorBank
 
 log = logging.getLogger(__name__)
@@ -40,9 +40,9 @@ def profile(config: ServeConfig) -> int:
         raise ValueError("scheduler.latency_table is none: name a file to write, or leave it at auto")
     console = Console(stderr=True)
     with Phases(console) as phases:
-        prepared = load_prepared(config, phases, score=True)
-        kept = compensator_sets(prepared, config, phases)
-        runner = _compiled(prepared, config, kept, phases)
+        prepared, plan = with_planned_cache(load_prepared(config, phases, score=True), config, phases)
+        kept = compensator_sets(prepared, config, phases, pages=plan.pages)
+        runner = _compiled(prepared, config, kept, phases, pages=plan.pages)
         table = measure(runner, context=prepared.context, sets=len(kept), phases=phases)
     made = Profile(table=table, kept=kept, identity=table_identity(config, prepared), source="measured")
     made.save(path)
@@ -93,7 +93,9 @@ def _iterations(runner: Runner, *, decodes: int, chunk: int, context: int, level
             yield time.perf_counter() - begin
 
 
-def compensator_sets(prepared: Prepared, config: ServeConfig, phases: Phases) -> tuple[tuple[str, ...], ...]:
+def compensator_sets(
+    prepared: Prepared, config: ServeConfig, phases: Phases, *, pages: int
+) -> tuple[tuple[str, ...], ...]:
     """Choose the sets of compensators, from all to none, that a chunk may be run with.
 
     In between, modules are left out in the order of what they mend for the time they take in the smallest chunk.
@@ -105,7 +107,7 @@ def compensator_sets(prepared: Prepared, config: ServeConfig, phases: Phases) ->
     if count == 2:
         return (names, ())
     without = [tuple(other for other in names if other != name) for name in names]
-    runner = _compiled(prepared, config, (names, *without), phases)
+    runner = _compiled(prepared, config, (names, *without), phases, pages=pages)
     chunk = runner.buckets[0]
     taken = [
         statistics.median(_iterations(runner, decodes=0, chunk=chunk, context=1, level=level))
@@ -137,8 +139,10 @@ def correction_scores(compensators: Mapping[str, CompensatorBank]) -> dict[str, 
     return {name: size(bank) for name, bank in compensators.items()}
 
 
-def _compiled(prepared: Prepared, config: ServeConfig, kept: Sequence[Sequence[str]], phases: Phases) -> Runner:
-    runner = make_runner(prepared, config, kept=kept)
+def _compiled(
+    prepared: Prepared, config: ServeConfig, kept: Sequence[Sequence[str]], phases: Phases, *, pages: int
+) -> Runner:
+    runner = make_runner(prepared, config, kept=kept, pages=pages)
     with phases.phase("compile", steps=runner.num_programs):
         for program in runner.warm_up():
             phases.advance(f"compiled {program}")

@@ -91,6 +91,7 @@ class Runner:
         buckets: Sequence[int],
         lone_program: bool,
         pages: int | None = None,
+        int8_cache: bool = False,
         greedy_program: bool = False,
         steps_per_call: int = 1,
         logits: Logits = Decoder.logits,
@@ -102,7 +103,7 @@ class Runner:
         self.buckets = tuple(sorted(buckets))
         leaves, tree = jax.tree.flatten(model)
         self._leaves: list[Array] = _committed(leaves)
-        sizes = {"slots": slots, "context": context, "padding": self.buckets[-1], "pages": pages}
+        sizes = {"slots": slots, "context": context, "padding": self.buckets[-1], "pages": pages, "int8": int8_cache}
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model)  # not its arrays
 
         def idle() -> DeviceState:
@@ -315,7 +316,14 @@ class Runner:
 
 
 def empty_state(
-    model: Decoder, *, slots: int, context: int, padding: int, pages: int | None = None, devices: int = 1
+    model: Decoder,
+    *,
+    slots: int,
+    context: int,
+    padding: int,
+    pages: int | None = None,
+    int8: bool = False,
+    devices: int = 1,
 ) -> DeviceState:
     """Make the state of idle slots, for `context` tokens each at most, and `padding` past them for chunks.
 
@@ -326,7 +334,7 @@ def empty_state(
     """
     stacked = not hasattr(model.layers, "__len__")
     pages = 1 + slots * pages_for(context) if pages is None else pages
-    cache: Any = allocate(model.config, pages=pages, dtype=model.dtype, stacked=stacked)
+    cache: Any = allocate(model.config, pages=pages, dtype=model.dtype, stacked=stacked, int8=int8)
     if sums_by_inbox(model):
         rows = min(MOST_ROWS, max(slots, padding))
         inbox = empty_inbox(devices=devices, rows=rows, columns=model.config.hidden_size)
@@ -342,10 +350,10 @@ def empty_state(
     )
 
 
-def cache_page_bytes(model: Decoder) -> int:
+def cache_page_bytes(model: Decoder, *, int8: bool) -> int:
     """Give the bytes that a page of the KV cache takes on a device, in all layers together."""
-    stacked, pages = not hasattr(model.layers, "__len__"), 2
-    cache = jax.eval_shape(lambda: allocate(model.config, pages=pages, dtype=model.dtype, stacked=stacked))
+    config, dtype, pages = model.config, model.dtype, 2
+    cache = jax.eval_shape(lambda: allocate(config, pages=pages, dtype=dtype, stacked=True, int8=int8))
     return weight_bytes(cache) // pages
 
 

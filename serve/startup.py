@@ -197,7 +197,7 @@ def plan_cache(prepared: Prepared, config: ServeConfig) -> CachePlan:
     Raises:
         ValueError: There is no room for a cache, or not for the context that was asked for.
     """
-    page_bytes = cache_page_bytes(prepared.model)
+    page_bytes = cache_page_bytes(prepared.model, int8=config.kv_cache_dtype == "int8")
     pages = 1 + config.max_slots * pages_for(prepared.context)
     if config.kv_cache_gib is not None:
         pages = int(config.kv_cache_gib * 2**30) // page_bytes
@@ -216,6 +216,17 @@ def plan_cache(prepared: Prepared, config: ServeConfig) -> CachePlan:
             f"{PAGE} tokens; give it more (kv_cache_gib), or ask for a smaller max_context or fewer max_slots"
         )
     return CachePlan(pages=pages, page_bytes=page_bytes, context=min(prepared.context, tokens))
+
+
+def with_planned_cache(prepared: Prepared, config: ServeConfig, phases: Phases) -> tuple[Prepared, CachePlan]:
+    """Plan the KV cache of a model, and hold it to the context that goes into it.
+
+    Raises:
+        ValueError: As `plan_cache`.
+    """
+    with phases.phase("plan memory"):
+        plan = plan_cache(prepared, config)
+    return dataclasses.replace(prepared, context=plan.context), plan
 
 
 def make_runner(
@@ -241,6 +252,7 @@ def make_runner(
         "mesh": prepared.mesh,
         "kept": kept,
         "pages": pages,
+        "int8_cache": config.kv_cache_dtype == "int8",
     }
     if loop is not None:
         return LoopRunner(prepared.model, settings=loop, **options)
@@ -284,6 +296,7 @@ def table_identity(config: ServeConfig, prepared: Prepared) -> dict[str, Any]:
         "command buffers": config.command_buffers,
         "slots": config.max_slots,
         "context": prepared.context,
+        "KV cache": config.kv_cache_dtype,
         "buckets": sorted(config.prefill_buckets),
     } | package_versions("jax", "spear-jax")
 
@@ -330,9 +343,7 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console) -> Eng
     """
     with Phases(console) as phases:
         prepared = load_prepared(config, phases)
-        with phases.phase("plan memory"):
-            plan = plan_cache(prepared, config)
-        prepared = dataclasses.replace(prepared, context=plan.context)
+        prepared, plan = with_planned_cache(prepared, config, phases)
         profile = find_profile(config, prepared)
         dropping = profile is not None and config.scheduler.drop_compensators
         timing = None if profile is None else timing_of(config.scheduler, profile)

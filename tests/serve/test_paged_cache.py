@@ -1,14 +1,16 @@
 """A cache in pages that kernels read gives the tokens that XLA's gives, wherever the pages are."""
 
 import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.dispatch import compiling_for
 from serve import cache as cache_module
-from serve.cache import KVCache, allocate
+from serve.cache import KVCache, allocate, batch_attend, slot_attend, with_table
 from serve.paged_cache import PagedKVCache, suits_pages
 from serve.pages import PAGE, SCRATCH
 from serve.request import SamplingParams
@@ -81,6 +83,62 @@ def test_tokens_are_the_same_with_heads_side_by_side_and_windows(layout: str, mo
         shape = allocate(config, pages=1, dtype=jnp.float32, stacked=True).k.shape
         assert shape == (3, 1, 64, 128)
         assert tokens_of(layout, config) == expected
+
+
+def log_likelihoods(model: Decoder, tokens: list[int], *, int8: bool) -> np.ndarray:
+    """Give the log-probability of each token but the first, by a cache that is filled in chunks and then one by one."""
+    cache = allocate(model.config, pages=8, dtype=model.dtype, stacked=False, int8=int8)
+    table = jnp.asarray([[5, 2, 7, 1], [0, 0, 0, 0]], jnp.int32)
+
+    @jax.jit
+    def chunk(model: Decoder, cache: Any, part: jax.Array, start: jax.Array) -> Any:
+        positions = start + jnp.arange(part.shape[0], dtype=jnp.int32)[None]
+        attend = slot_attend(jnp.int32(0), positions)
+        hidden, cache = model(part[None], positions, attend=attend, cache=with_table(cache, table))
+        return jax.nn.log_softmax(model.logits(hidden[0])), with_table(cache, None)
+
+    @jax.jit
+    def step(model: Decoder, cache: Any, token: jax.Array, position: jax.Array) -> Any:
+        positions = jnp.stack([position, jnp.int32(255)])
+        attend = batch_attend(positions, jnp.array([True, False]))
+        hidden, cache = model(
+            jnp.stack([token, token])[:, None], positions[:, None], attend=attend, cache=with_table(cache, table)
+        )
+        return jax.nn.log_softmax(model.logits(hidden[:1, 0])), with_table(cache, None)
+
+    given, out = np.array(tokens, np.int32), []
+    for start in range(0, 120, 40):
+        rows, cache = chunk(model, cache, given[start : start + 40], np.int32(start))
+        out.append(rows)
+    for position in range(120, len(tokens)):
+        rows, cache = step(model, cache, given[position], np.int32(position))
+        out.append(rows)
+    return np.take_along_axis(np.concatenate(out)[:-1], given[1:, None], axis=1)[:, 0]
+
+
+def test_an_int8_cache_changes_perplexity_by_less_than_one_in_a_thousand() -> None:
+    model = unstack(Decoder.from_weights(CONFIG, random_weights(CONFIG), dtype=jnp.float32))
+    tokens = np.random.default_rng(0).integers(0, 96, 160).tolist()
+    exact, rounded = (log_likelihoods(model, tokens, int8=int8) for int8 in (False, True))
+    whole = jax.nn.log_softmax(model.logits(jax.jit(lambda m, t: m(t)[0])(model, jnp.asarray([tokens]))[0]))
+    np.testing.assert_allclose(exact, np.asarray(whole)[np.arange(159), tokens[1:]], rtol=1e-4, atol=1e-4)
+    change = rounded - exact
+    assert 0 < np.abs(change).max() < 0.05
+    assert abs(np.expm1(-change.mean())) < 1e-3
+
+
+def test_an_int8_cache_takes_little_over_a_quarter_and_kernels_have_none() -> None:
+    config = tiny_config(head_dim=64)
+    whole, small = (
+        sum(
+            leaf.nbytes
+            for leaf in jax.tree.leaves(allocate(config, pages=3, dtype=jnp.float32, stacked=True, int8=int8))
+        )
+        for int8 in (False, True)
+    )
+    assert small / whole == (64 + 4) / (64 * 4)
+    with compiling_for("gpu"), pytest.raises(ValueError, match="int8 KV cache"):
+        allocated(int8=True)
 
 
 def test_pages_are_for_accelerators_alone() -> None:

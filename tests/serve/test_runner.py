@@ -173,6 +173,7 @@ def test_each_program_compiles_once_wherever_the_arrays_come_from(committed: boo
 
 def test_nothing_compiles_after_warm_up() -> None:
     runner = runner_of("full", "cpu")
+    assert runner.temporary_bytes() > 0
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
     try:

@@ -115,6 +115,21 @@ def test_a_seed_gives_the_same_answer_alone_and_in_company(client: openai.OpenAI
     assert ask(client, PROMPTS[1], **(options | {"seed": 8})).choices[0].message.content != alone
 
 
+def test_a_beginning_that_was_there_before_is_not_computed_again(client: openai.OpenAI, server: Any) -> None:
+    assert "KV cache of 48 pages, 3072 tokens" in server.wait_for_log("KV cache of", seconds=1)
+    hits, ids = server.metric("prefix_cache_hits_total"), list(range(2000, 2150))
+    options: dict[str, Any] = {"model": "demo", "max_tokens": 5, "temperature": 0}
+    first, again, two = (
+        client.completions.create(prompt=ids, **options | more) for more in ({}, {}, {"n": 2, "temperature": 0.5})
+    )
+    cached = [answer.usage.prompt_tokens_details.cached_tokens for answer in (first, again, two)]  # type: ignore[union-attr]
+    assert cached == [0, 128, 128]
+    assert again.choices[0].text == first.choices[0].text
+    assert server.metric("prefix_cache_hits_total") - hits == 3 * 128
+    assert server.metric("prefix_cache_queries_total") >= hits + 4 * 150
+    assert server.metric("num_preemptions_total") == 0
+
+
 def test_text_completions_take_lists_and_token_ids_and_n(client: openai.OpenAI) -> None:
     both = client.completions.create(
         model="demo", prompt=["One, two, three,", "Red, green,"], max_tokens=5, temperature=0

@@ -18,12 +18,13 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from pallas_kernels.int4_matmul import Compensator, Gate
+from serve import startup
 from serve.bench import BenchConfig, bench
 from serve.config import SchedulerConfig, ServeConfig
 from serve.cpu import cpu_logits
 from serve.latency import load_profile
 from serve.profile import correction_scores, profile
-from serve.startup import Phases, prepare, recovers, table_path
+from serve.startup import Phases, Prepared, plan_cache, prepare, recovers, table_path
 from spear_jax.checkpoint import load_checkpoint, save_checkpoint
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.quantize import quantize_model, quantize_tables
@@ -190,3 +191,49 @@ def test_an_architecture_is_measured_with_random_weights(tmp_path: Path, capsys:
     (result,) = json.loads(capsys.readouterr().out)["results"]
     assert (result["requests"], result["refused"]) == (3, 0)
     assert result["output_tokens_per_second"] == pytest.approx(12 / result["seconds"])
+
+
+def prepared(context: int) -> Prepared:
+    model = Decoder.from_weights(tiny_config(), random_weights(tiny_config()), dtype=jnp.float32)
+    return Prepared(
+        model=model, mesh=None, name="m", tokenizer=None, architecture=model.config, description="", dense=False,
+        context=context, scores={},
+    )  # fmt: skip
+
+
+def test_the_size_of_the_cache_is_what_was_asked_for_or_what_all_slots_fill() -> None:
+    config = ServeConfig(max_slots=3)
+    plan = plan_cache(prepared(100), config)
+    assert (plan.pages, plan.context) == (1 + 3 * 2, 100)
+    assert (
+        plan.page_bytes == 2 * 4 * 64 * tiny_config().num_layers * tiny_config().num_kv_heads * tiny_config().head_dim
+    )
+    assert "6 pages, 384 tokens" in str(plan)
+    half = dataclasses.replace(config, kv_cache_gib=3.5 * plan.page_bytes / 2**30)
+    assert (plan_cache(prepared(1000), half).pages, plan_cache(prepared(1000), half).context) == (3, 128)
+    smaller = plan_cache(prepared(1000), dataclasses.replace(half, kv_cache_dtype="int8"))
+    assert smaller.page_bytes < 0.4 * plan.page_bytes
+    with pytest.raises(ValueError, match=r"room for 128 tokens, 200 are needed.*kv_cache_gib"):
+        plan_cache(prepared(200), dataclasses.replace(half, max_context=200))
+    with pytest.raises(ValueError, match="room for 0 tokens"):
+        plan_cache(prepared(200), dataclasses.replace(config, kv_cache_gib=1e-9))
+    with pytest.raises(ValueError, match="kv_cache_gib must be positive"):
+        dataclasses.replace(config, kv_cache_gib=0.0).check()
+
+
+def test_or_on_an_accelerator_what_weights_and_programs_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device:
+        def memory_stats(self) -> dict[str, int]:
+            return {"bytes_limit": 100 * 2**20, "bytes_in_use": 40 * 2**20}
+
+    class Dry:
+        def temporary_bytes(self) -> int:
+            return 15 * 2**20
+
+    sizes: list[int] = []
+    monkeypatch.setattr(startup, "make_runner", lambda *_, pages, kept: sizes.append(pages) or Dry())
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    plan = plan_cache(prepared(100), ServeConfig())
+    assert sizes == [2], "the server that is tried has next to no cache"
+    assert plan.pages - 2 == 40 * 2**20 // plan.page_bytes
