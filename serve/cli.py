@@ -24,6 +24,7 @@ from serve.gateway import Gateway
 from serve.http import create_app
 from serve.logs import log_to_stderr
 from serve.middleware import protect
+from serve.reload import Reloader
 from serve.request import Admission
 from serve.tracing import trace_to
 from spear_jax.cli import cache_dir, parse_flags, run_main
@@ -38,7 +39,8 @@ _DESCRIPTION = """OpenAI-compatible server of 4-bit language models.
 
 Usage: python -m spear_jax.serve [SETTINGS.yaml] [--flags]; flags win over the file. Without any, it serves a small demo
 model on http://127.0.0.1:8000. Logs and progress go to stderr. SIGTERM or Ctrl-C drains: running answers finish, new
-requests get 503; a second one ends them at once. The exit status is 2 for a mistake in the settings or the model.
+requests get 503; a second one ends them at once. With --reload-checkpoint SIGHUP reads the model again and goes on with
+it. The exit status is 2 for a mistake in the settings or the model.
 
 Other commands, each with a --help: `python -m spear_jax.serve batch IN.jsonl OUT.jsonl` answers a file of requests in
 OpenAI's batch format; `python -m spear_jax.serve profile` measures the step times by which limits on
@@ -231,7 +233,10 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to answer, then start the engine."""
         await super().startup(sockets=sockets)
-        self._gateway.attach(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        self._gateway.attach(loop)
+        if self._config.reload_checkpoint:
+            loop.add_signal_handler(signal.SIGHUP, Reloader(self._config, self._gateway))
         self._starter.start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

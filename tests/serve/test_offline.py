@@ -1,7 +1,9 @@
 """`LLM` and batches: the server's answers without a server, and batches that go on after a kill."""
 
+import concurrent.futures
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from rich.progress import Progress
 from transformers import PreTrainedTokenizerFast
 
 from serve.batch import Results, answer_all
+from serve.reload import Reloader
 from spear_jax import LLM
 from spear_jax.checkpoint import save_checkpoint
 from spear_jax.models.decoder import Decoder
@@ -28,18 +31,23 @@ SETTINGS: dict[str, Any] = {"max_context": 64, "max_slots": 2, "prefill_buckets"
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    vocab = {"<unk>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, 96)}
+def write(folder: Path, *, seed: int = 0, group_size: int = 32, words: int = 96) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    vocab = {"<unk>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, words)}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
     tokenizer.chat_template = TEMPLATE
     config = tiny_config(tie_embeddings=False)
-    model = Decoder.from_weights(config, random_weights(config), dtype=jnp.float32)
-    folder = tmp_path_factory.mktemp("model") / "checkpoint"
-    save_checkpoint(folder, quantize_model(model, QuantSpec()), tokenizer, name="tiny")
+    model = Decoder.from_weights(config, random_weights(config, seed=seed), dtype=jnp.float32)
+    spec = QuantSpec(group_size=group_size)
+    save_checkpoint(folder, quantize_model(model, spec), tokenizer, name="tiny")
     return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("model") / "checkpoint")
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +178,54 @@ def test_a_file_of_something_else_is_not_written_to(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no answer of a batch"):
         Results(output)
     assert output.read_text() == '{"precious": 1}\n'
+
+
+def test_a_checkpoint_is_read_again_between_two_steps_if_it_is_one_of_the_same_kind(
+    llm: LLM, checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: dict[str, Any] = {"max_tokens": 20, "temperature": 0, "ignore_eos": True}
+    gateway = llm._local.gateway
+    assert gateway.metrics is not None
+    reload = Reloader(llm._local.config, gateway)
+
+    def reloaded() -> tuple[str, float | None, float | None]:
+        """Read again while answers are being made, and give what is said then and how often it was taken or not."""
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            running = pool.submit(llm.generate, ["w3"] * 8, **options)
+            reload()
+            assert reload._thread is not None
+            reload._thread.join()
+            assert [answer.completion_tokens for answer in running.result()] == [20] * 8
+        value = gateway.metrics.registry.get_sample_value  # type: ignore[union-attr]
+        counts = (
+            value("spear:checkpoint_reloads_total", {"model_name": "tiny", "taken": t}) for t in ("true", "false")
+        )
+        return llm.generate("w3 w4", **options).text, *counts
+
+    first = llm.generate("w3 w4", **options).text
+    assert reloaded() == (first, 1, 0)
+    write(checkpoint, seed=1)
+    second, *counts = reloaded()
+    assert (second != first, counts) == (True, [2, 0])
+    write(checkpoint, seed=1, words=95)
+    assert reloaded() == (second, 2, 1)
+    assert "its tokenizer is another one" in caplog.text
+    shutil.rmtree(checkpoint)
+    assert reloaded() == (second, 2, 2)
+    write(checkpoint, seed=0)
+    assert reloaded() == (first, 3, 2)
+    compiled = gateway.metrics.registry.get_sample_value
+    assert compiled("spear:compilations_after_ready_total", {"model_name": "tiny"}) == 0
+
+
+@pytest.mark.slow
+def test_sighup_reads_the_checkpoint_again(checkpoint: Path, launch_server: Any) -> None:
+    server = launch_server("--model", str(checkpoint), "--max-context", "64", "--reload-checkpoint")
+    server.wait_for_log("ready: ", seconds=240)
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for_log("reloaded in", seconds=120)
+    assert server.metric("compilations_after_ready_total") == 0
+    assert server.status("/ready") == 200
 
 
 @pytest.mark.slow
