@@ -24,6 +24,7 @@ from serve.gateway import Gateway
 from serve.http import create_app
 from serve.logs import log_to_stderr
 from serve.middleware import protect
+from serve.reload import Reloader
 from serve.request import Admission
 from serve.tracing import trace_to
 from spear_jax.cli import cache_dir, parse_flags, run_main
@@ -38,9 +39,11 @@ _DESCRIPTION = """OpenAI-compatible server of 4-bit language models.
 
 Usage: python -m spear_jax.serve [SETTINGS.yaml] [--flags]; flags win over the file. Without any, it serves a small demo
 model on http://127.0.0.1:8000. Logs and progress go to stderr. SIGTERM or Ctrl-C drains: running answers finish, new
-requests get 503; a second one ends them at once. The exit status is 2 for a mistake in the settings or the model.
+requests get 503; a second one ends them at once. With --reload-checkpoint SIGHUP reads the model again and goes on with
+it. The exit status is 2 for a mistake in the settings or the model.
 
-Other commands, each with a --help: `python -m spear_jax.serve profile` measures the step times by which limits on
+Other commands, each with a --help: `python -m spear_jax.serve batch IN.jsonl OUT.jsonl` answers a file of requests in
+OpenAI's batch format; `python -m spear_jax.serve profile` measures the step times by which limits on
 time are kept; `python -m spear_jax.serve bench` offers a load, to a server or an engine of its own, and measures."""
 
 _PROFILE_DESCRIPTION = """Measure how long the server's iterations take, and write the latency table by which it keeps
@@ -58,6 +61,8 @@ def main() -> None:
 
             log_to_stderr()
             bench(rest)
+        case ["batch", *rest]:
+            run_main(lambda: batch(rest))
         case rest:
             run_main(lambda: serve(parse(rest)))
 
@@ -73,6 +78,22 @@ def measure(config: ServeConfig) -> int:
     from serve.profile import profile
 
     return profile(config)
+
+
+def batch(arguments: Sequence[str]) -> int:
+    """Answer a file of requests.
+
+    Raises:
+        ValueError, OSError: The files, the model or the settings cannot be used.
+    """
+    from serve.batch import DESCRIPTION, run_batch
+
+    files = [argument for argument in arguments[:2] if not argument.startswith("-")]
+    config = parse(arguments[len(files) :], description=DESCRIPTION)
+    if len(files) < 2:
+        raise ValueError("batch needs a file of requests and a file for answers: batch IN.jsonl OUT.jsonl")
+    log_to_stderr(config.log_format)
+    return run_batch(Path(files[0]), Path(files[1]), config)
 
 
 def parse(arguments: Sequence[str], *, description: str = _DESCRIPTION) -> ServeConfig:
@@ -212,7 +233,10 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to answer, then start the engine."""
         await super().startup(sockets=sockets)
-        self._gateway.attach(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        self._gateway.attach(loop)
+        if self._config.reload_checkpoint:
+            loop.add_signal_handler(signal.SIGHUP, Reloader(self._config, self._gateway))
         self._starter.start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from serve.metrics import Metrics
 from serve.request import FinishReason, Output, Request, SamplingParams, Slo, TokenLogprobs
 from serve.sampling import Logprobs
 from serve.slots import SlotScheduler
+from spear_jax.models.decoder import Decoder
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,14 @@ class StepRunner(Protocol):
 
     def logprobs(self, wanted: np.ndarray) -> Logprobs:
         """Judge the last token of every wanted slot [S], as the call before gave it."""
+        ...
+
+    def replacement(self, model: Decoder) -> Any:
+        """Give what `swap` takes, made of a model of the same architecture; ValueError if it is another one."""
+        ...
+
+    def swap(self, replacement: Any) -> None:
+        """Run the steps to come by another model."""
         ...
 
     def recover(self, error: Exception) -> None:
@@ -179,6 +188,8 @@ class Engine:
     by itself, and says afterwards what it did.
     """
 
+    THREAD = "engine"
+
     def __init__(
         self,
         runner: StepRunner | LoopedRunner,
@@ -209,7 +220,7 @@ class Engine:
         self._stopping = False
         self._beat = self._last_end = self._last_call = self._settled = time.monotonic()
         self.failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=self.THREAD, daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
@@ -232,6 +243,15 @@ class Engine:
     def abort_all(self) -> None:
         """End every request with an error and take no more. Thread-safe."""
         self._inbox.put(self._request_stop)
+
+    def swap(self, model: Decoder) -> None:
+        """Go on with another model of the same architecture from the next step on. Thread-safe.
+
+        Raises:
+            ValueError: It is another one; says what differs.
+        """
+        replacement = self._runner.replacement(model)
+        self._inbox.put(lambda: self._runner.swap(replacement))
 
     def stop(self, *, timeout: float) -> bool:
         """End the thread, ending what is unfinished with an error; says whether it ended in `timeout` seconds."""

@@ -126,7 +126,9 @@ class Runner:
         self._logprobs_one = compiled(_one_logprobs) if lone_program and slots > 1 else None
         self._special = np.zeros(slots, bool)
         self._active = np.ones(slots, bool), self._everywhere(np.ones(slots, bool))
-        self._lighter = [self._with_compensators(model, names, jit) for names in kept[1:]]
+        self._tree, self._kept = tree, kept[1:]
+        lighter = [self._with_compensators(model, names) for names in self._kept]
+        self._lighter = [(jit(tree, prefill_step), leaves) for leaves, tree in lighter]
 
     @property
     def num_programs(self) -> int:
@@ -187,11 +189,30 @@ class Runner:
         return token
 
     @staticmethod
-    def _with_compensators(model: Decoder, names: Sequence[str], jit: Callable[..., Any]) -> tuple[Any, list[Array]]:
-        """Give the prefill of a model that keeps the compensators of some modules only, and the arrays it takes."""
+    def _with_compensators(model: Decoder, names: Sequence[str]) -> tuple[list[Array], Any]:
+        """Give the arrays and the tree of a model that keeps the compensators of some modules only."""
         kept = nnx.Dict({name: bank for name, bank in model.compensators.items() if name in names})
         leaves, tree = jax.tree.flatten(model.replace(compensators=kept))
-        return jit(tree, prefill_step), _committed(leaves)
+        return _committed(leaves), tree
+
+    def replacement(self, model: Decoder) -> list[list[Array]]:
+        """Give the arrays of a model that the programs of this one can run, for `swap`; from any thread.
+
+        Raises:
+            ValueError: They cannot: says what differs.
+        """
+        leaves, tree = jax.tree.flatten(model)
+        if tree != self._tree:
+            raise ValueError("the model has another structure: architecture, quantization, or ranks of compensators")
+        for old, new in zip(self._leaves, leaves, strict=True):
+            if (old.shape, old.dtype, old.sharding) != (new.shape, new.dtype, new.sharding):
+                raise ValueError(f"an array is {new.dtype}{[*new.shape]} where {old.dtype}{[*old.shape]} is served")
+        return [_committed(leaves), *(self._with_compensators(model, names)[0] for names in self._kept)]
+
+    def swap(self, replacement: list[list[Array]]) -> None:
+        """Run the steps to come with other arrays, from `replacement`; what the cache holds stays as it is."""
+        self._leaves, *others = replacement
+        self._lighter = [(program, leaves) for (program, _), leaves in zip(self._lighter, others, strict=True)]
 
     @staticmethod
     def _prefill_arguments(

@@ -1,9 +1,17 @@
 """Bodies of the OpenAI-compatible endpoints, and what they mean to the engine."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+)
 
 from serve.request import MAX_LOGPROBS, UNBOUNDED, BadParameterError, SamplingParams, Slo, check_range
 
@@ -21,6 +29,7 @@ _SLO_HEADERS = {
 _MAX_COMPLETION_LOGPROBS = 5
 _MAX_STOPS = 16
 _MAX_N = 16
+_MAX_KEYS = 1024
 
 
 def _encodable(text: str) -> str:
@@ -30,6 +39,16 @@ def _encodable(text: str) -> str:
         raise ValueError("holds half of a surrogate pair, which is no character") from None
     return text
 
+
+def _few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > _MAX_KEYS:
+        raise ValueError(f"holds {len(value)} keys, at most {_MAX_KEYS} are taken")
+    return value
+
+
+T = TypeVar("T")
+Listed = Annotated[list[T], Field(max_length=2**18, fail_fast=True)]
+"""A list that is given up at its first mistake: a description of each of a million takes a gigabyte and seconds."""
 
 Text = Annotated[str, AfterValidator(_encodable)]
 StopString = Annotated[str, StringConstraints(max_length=1024), AfterValidator(_encodable)]
@@ -82,10 +101,10 @@ class CommonBody(BaseModel):
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
     repetition_penalty: Number | None = None
-    logit_bias: dict[str, Number] | None = None
+    logit_bias: Annotated[dict[str, Number] | None, BeforeValidator(_few)] = None
     n: Annotated[int, Field(strict=True)] | None = None
-    stop: StopString | list[StopString] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop: StopString | Listed[StopString] | None = None
+    stop_token_ids: Listed[TokenId] | None = None
     ignore_eos: bool = False
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -219,7 +238,7 @@ def _seconds(key: str, value: float | None, headers: Mapping[str, str]) -> float
 class CompletionBody(CommonBody):
     """Body of `POST /v1/completions`: one prompt or several, as text or token ids."""
 
-    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]]
+    prompt: Text | Listed[Text] | Listed[TokenId] | Listed[Listed[TokenId]]
     logprobs: Annotated[int, Field(strict=True)] | None = None
 
     def prompts(self) -> list[str | list[int]]:
@@ -260,7 +279,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     role: Annotated[str, StringConstraints(max_length=64), AfterValidator(_encodable)]
-    content: Text | list[TextPart] | None = None
+    content: Text | Listed[TextPart] | None = None
 
     def plain(self) -> dict[str, str]:
         """Give the message as chat templates take it."""
@@ -271,7 +290,7 @@ class Message(BaseModel):
 class ChatBody(CommonBody):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Listed[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(strict=True)] | None = None
     logprobs: Annotated[bool, Field(strict=True)] | None = None
     top_logprobs: Annotated[int, Field(strict=True)] | None = None

@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -405,11 +406,14 @@ def default_slo(config: SchedulerConfig) -> Slo:
 
 
 def count_compilations(metrics: Metrics) -> None:
-    """Count every program that XLA compiles or fetches from the cache from now on: there should be none."""
+    """Count every program that XLA compiles or fetches from the cache from now on: there should be none.
+
+    What other threads compile, to read a model again, does not count, as no step waits for it.
+    """
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
         del duration_secs
-        if event == _COMPILE_EVENT:
+        if event == _COMPILE_EVENT and threading.current_thread().name == Engine.THREAD:
             metrics.compilations.inc()
 
     jax.monitoring.register_event_duration_secs_listener(listen)

@@ -246,6 +246,18 @@ def test_who_goes_away_after_a_fault_is_forgotten(bench: Bench) -> None:
     assert not bench.engine._suspects
 
 
+def test_a_model_of_another_kind_is_not_taken(runner: Runner) -> None:
+    def model(dtype: Any = jnp.float32, **changes: Any) -> Decoder:
+        config = tiny_config(tie_embeddings=False, **changes)
+        return Decoder.from_weights(config, random_weights(config, seed=3), dtype=dtype)
+
+    assert len(runner.replacement(model())) == 1
+    with pytest.raises(ValueError, match="structure"):
+        runner.replacement(model(num_layers=2))
+    with pytest.raises(ValueError, match=r"an array is bfloat16\[.*\] where float32\[.*\] is served"):
+        runner.replacement(model(jnp.bfloat16))
+
+
 def test_a_lost_device_ends_everything_with_an_error(bench: Bench) -> None:
     asked = requests()
     bench.submit(*asked)

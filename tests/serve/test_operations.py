@@ -413,3 +413,26 @@ def test_every_metric_of_the_dashboard_is_exported() -> None:
     places = [tuple(panel["gridPos"].values()) for panel in dashboard["panels"]]
     assert len(set(places)) == len(places)
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "item"),
+    [
+        ("/v1/completions", "prompt", "null,"),
+        ("/v1/completions", "prompt", "[],"),
+        ("/v1/completions", "prompt", "1,"),
+        ("/v1/completions", "stop", "0,"),
+        ("/v1/completions", "stop_token_ids", '"",'),
+        ("/v1/chat/completions", "messages", "{},"),
+    ],
+)
+def test_a_million_mistakes_are_not_listed(serve: Callable[..., Served], path: str, field: str, item: str) -> None:
+    server = serve()
+    count = 3 * 2**20 // len(item)
+    body = f'{{"model": "words", "{field}": [{item * count}{item[:-1]}]}}'.encode()
+    begin = time.monotonic()
+    status, answer, _ = server.ask("POST", path, body)
+    # A list of them all took seven seconds, in which no stream went on, and a gigabyte.
+    assert time.monotonic() - begin < 3
+    assert status == 400
+    assert len(answer) < 1000
