@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from serve.errors import error_body as _error_body
+from serve.errors import error_response as _error
 from serve.gateway import Gateway, Ticket
 from serve.metrics import CONTENT_TYPE
 from serve.request import (
@@ -363,49 +364,49 @@ def _handle_errors(app: FastAPI) -> None:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             reason = first.get("ctx", {}).get("error", first["msg"])
-            return error_response(400, f"the body is not valid JSON: {reason}", code="invalid_json")
+            return _error(400, f"the body is not valid JSON: {reason}", code="invalid_json")
         location = [str(part) for part in first["loc"][1:]]
         param = location[0] if location else None
         where = ".".join(location) or "the body"
         code = "missing_required_parameter" if first["type"] == "missing" else "invalid_type"
-        return error_response(400, f"{where}: {first['msg']}", param=param, code=code)
+        return _error(400, f"{where}: {first['msg']}", param=param, code=code)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         if error.status_code == 404:
-            return error_response(404, f"there is no {request.method} {request.url.path} here", code="unknown_url")
-        return error_response(error.status_code, str(error.detail))
+            return _error(404, f"there is no {request.method} {request.url.path} here", code="unknown_url")
+        return _error(error.status_code, str(error.detail))
 
     @app.exception_handler(BadParameterError)
     async def bad_parameter(_: Request, error: BadParameterError) -> Response:
-        return error_response(400, str(error), param=error.param, code=error.code)
+        return _error(400, str(error), param=error.param, code=error.code)
 
     @app.exception_handler(_UnknownModelError)
     async def unknown_model(_: Request, error: _UnknownModelError) -> Response:
-        return error_response(404, str(error), param="model", code="model_not_found")
+        return _error(404, str(error), param="model", code="model_not_found")
 
     @app.exception_handler(QueueFullError)
     async def queue_full(_: Request, error: QueueFullError) -> Response:
-        return error_response(503, str(error), code="queue_full", retry=_RETRY_SECONDS)
+        return _error(503, str(error), code="queue_full", retry=_RETRY_SECONDS)
 
     @app.exception_handler(UnattainableError)
     async def unattainable(_: Request, error: UnattainableError) -> Response:
-        return error_response(503, str(error), code="slo_unattainable", retry=error.retry_after)
+        return _error(503, str(error), code="slo_unattainable", retry=error.retry_after)
 
     @app.exception_handler(ShuttingDownError)
     async def shutting_down(_: Request, error: ShuttingDownError) -> Response:
-        return error_response(503, str(error), code="shutting_down", retry=_RETRY_SECONDS)
+        return _error(503, str(error), code="shutting_down", retry=_RETRY_SECONDS)
 
     @app.exception_handler(EngineDeadError)
     async def engine_dead(_: Request, error: EngineDeadError) -> Response:
-        return error_response(503, str(error), code="not_ready", retry=_RETRY_SECONDS)
+        return _error(503, str(error), code="not_ready", retry=_RETRY_SECONDS)
 
     @app.exception_handler(EngineError)
     async def engine_error(_: Request, error: EngineError) -> Response:
-        return error_response(
+        return _error(
             error.status, str(error), code="engine_error", retry=_RETRY_SECONDS if error.status == 503 else None
         )
 
     @app.exception_handler(Exception)
     async def defect(_: Request, error: Exception) -> Response:
-        return error_response(500, f"the server failed: {type(error).__name__}", code="internal_error")
+        return _error(500, f"the server failed: {type(error).__name__}", code="internal_error")
