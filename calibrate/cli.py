@@ -9,6 +9,7 @@ from calibrate.config import CalibrateConfig, parse
 from calibrate.pipeline import Outcome, calibrate
 from calibrate.progress import Stages
 from spear_jax.cli import run_main
+from spear_jax.hosts import join
 
 
 def main() -> None:
@@ -23,6 +24,8 @@ def run(config: CalibrateConfig) -> None:
         ValueError: An input cannot be used, or the device has too little memory; says what to lower.
     """
     command = ["python", "-m", "spear_jax.calibrate", *sys.argv[1:]]
+    if config.coordinator is not None:
+        join(config.coordinator, num_processes=config.num_processes, process_id=config.process_id)
     try:
         with Stages() as stages:
             outcome = calibrate(config, stages=stages, command=command)
@@ -33,7 +36,8 @@ def run(config: CalibrateConfig) -> None:
             f"the device is out of memory: lower --batch-size ({config.batch_size}), --length ({config.length}) or "
             f"--sequences ({config.sequences}); what is finished is kept"
         ) from error
-    print(json.dumps(summary(outcome)))
+    if jax.process_index() == 0:
+        print(json.dumps(summary(outcome)))
 
 
 def summary(outcome: Outcome) -> dict[str, object]:

@@ -14,6 +14,7 @@ from calibrate.student import GateConfig, GateForm
 from calibrate.train import Initial, TrainConfig
 from spear_jax.cli import parse_flags
 from spear_jax.config import load_yaml
+from spear_jax.hosts import check_processes
 from spear_jax.quant import Bits, QuantSpec
 
 type ZeroByteGroup = Literal["scales", "ranges", "norms", "codes"]
@@ -202,6 +203,17 @@ class CalibrateConfig:
     seed: int = 0
     """Seed of sampling, initialisation and the order of sequences."""
 
+    coordinator: str | None = None
+    """HOST:PORT of process 0, to train by several processes, one on each host, all started with the same settings and
+    an output directory that they share: each takes its part of every batch. auto: found out on Cloud TPU, under SLURM
+    and Open MPI."""
+
+    num_processes: int | None = None
+    """With a coordinator, how many processes there are."""
+
+    process_id: int | None = None
+    """With a coordinator, which of them this is, from 0."""
+
     def check(self) -> None:
         """Refuse values that make no sense; apart from construction, so that a flag's mistake is one line.
 
@@ -211,6 +223,7 @@ class CalibrateConfig:
         if self.symmetric and self.asymmetric:
             raise ValueError("symmetric and asymmetric exclude each other")
         self._check_import()
+        check_processes(self.coordinator, self.num_processes, self.process_id)
         lowest = {"sequences": 2, "length": 8, "moment_sequences": 1, "eval_window": 2}
         lowest |= dict.fromkeys(("damage_sequences", "prompt_length", "local_steps"), 0)
         positive = ("max_rank", "zero_steps", "steps", "batch_size", "save_every", "eval_windows", "task_limit")
@@ -267,8 +280,10 @@ class CalibrateConfig:
         return dataclasses.replace(self.train_config, steps=self.zero_steps)
 
     def as_json(self) -> dict[str, Any]:
-        """Give the settings as JSON values."""
+        """Give the settings that results depend on as JSON values."""
         values = dataclasses.asdict(self)
+        for name in ("coordinator", "num_processes", "process_id"):
+            del values[name]
         return {key: _plain(value) for key, value in values.items()}
 
 

@@ -177,18 +177,24 @@ def _clip_by_group(limit: float) -> optax.GradientTransformation:
 
 
 def data_mesh() -> Mesh | None:
-    """Give a mesh of all local devices over the axis "batch", or None where there is one."""
-    devices = jax.local_devices()
+    """Give a mesh of all devices, of all processes, over the axis "batch", or None where there is one."""
+    devices = jax.devices()
     if len(devices) == 1:
         return None
     return jax.make_mesh((len(devices),), ("batch",), devices=devices, axis_types=(AxisType.Auto,))
+
+
+def _here(leaf: Array) -> Array:
+    """Give this process's copy of what all processes have alike."""
+    return leaf if leaf.is_fully_addressable else leaf.addressable_data(0)
 
 
 class Trainer:
     """Trains the parameters of a student on given token sequences; holds the compiled step and the teacher's states.
 
     `dense` are what `Student.assemble` takes: the base's weights if none are given. `tokens` and `target`, the
-    reference's final hidden states, stay on the device. Batches are sharded over all local devices.
+    reference's final hidden states, stay on the device. Batches are sharded over all devices; where they are those of
+    several processes (`jax.distributed`), each must be given the same and do the same.
     """
 
     def __init__(
@@ -218,7 +224,17 @@ class Trainer:
         self.frozen = self._everywhere((reference, base, dense, jnp.asarray(tokens), target))
 
     def _everywhere(self, tree: Any) -> Any:
-        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        if self.mesh is None:
+            return tree
+        sharding = NamedSharding(self.mesh, PartitionSpec())
+        if jax.process_count() == 1:
+            return jax.device_put(tree, sharding)
+
+        def put(leaf: Array) -> Array:
+            copies = [jax.device_put(_here(leaf), device) for device in sharding.addressable_devices]
+            return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
+
+        return jax.tree.map(put, tree)
 
     def start(self, params: Params) -> TrainState:
         """Give the state before the first step."""
@@ -290,7 +306,9 @@ class Trainer:
 
     def held_out_losses(self, params: Params) -> tuple[float, float]:
         """Measure mean KL and relative hidden error on the held-out sequences."""
-        losses = [self._measure(self.frozen, params, jnp.asarray(rows)) for rows in self._held_out_rows()]
+        losses = [
+            self._measure(self.frozen, params, self._everywhere(jnp.asarray(rows))) for rows in self._held_out_rows()
+        ]
         kl, hidden = np.mean(jax.device_get(losses), axis=0)
         return float(kl), float(hidden)
 
@@ -321,7 +339,7 @@ class Trainer:
         for step in range(int(state.step), config.steps):
             if self.out_of_patience(standing.curve):
                 break
-            state = self._step(state, self.frozen, jnp.asarray(self._rows(step)))
+            state = self._step(state, self.frozen, self._everywhere(jnp.asarray(self._rows(step))))
             done = step + 1
             if progress:
                 progress(done, config.steps)
@@ -331,7 +349,7 @@ class Trainer:
             state = standing.state
             if on_point:
                 on_point(standing)
-        return standing
+        return standing._replace(best=jax.tree.map(_here, standing.best))
 
     def out_of_patience(self, curve: Sequence[CurvePoint]) -> bool:
         """Say whether the last `patience` evaluations were all no better than one before."""

@@ -11,9 +11,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 from rich.console import Console
@@ -29,6 +30,9 @@ from serve.request import Admission
 from serve.tracing import trace_to
 from spear_jax.cli import cache_dir, parse_flags, run_main
 from spear_jax.config import load_yaml
+
+if TYPE_CHECKING:
+    from serve.hosts import Group
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +68,22 @@ def main() -> None:
         case ["batch", *rest]:
             run_main(lambda: batch(rest))
         case rest:
-            run_main(lambda: serve(parse(rest)))
+            run_main(lambda: serve_as(parse(rest), lambda: parse(rest)))
+
+
+def serve_as(config: ServeConfig, reread: Callable[[], ServeConfig]) -> int:
+    """Serve with the engine of this process, or with replicas, whose settings `reread` gives again for an update.
+
+    Raises:
+        ValueError, OSError: See `serve`; or Ray is not installed.
+    """
+    if not config.replicas:
+        return serve(config)
+    try:
+        from serve.replicas import serve_replicas
+    except ImportError as error:
+        raise ValueError(f"--replicas needs Ray: install spear-jax[ray] ({error})") from None
+    return serve_replicas(config, reread)
 
 
 def measure(config: ServeConfig) -> int:
@@ -124,9 +143,12 @@ def serve(config: ServeConfig) -> int:
     console = Console(stderr=True)
     log_to_stderr(config.log_format)
     tracing = None if config.otlp_endpoint is None else trace_to(config.otlp_endpoint)
+    use_compilation_cache(config.compilation_cache)
+    group = meet(config)
+    if group is not None and not group.leads:
+        return follow_process_0(config, group, console)
     listener = listen(config.host, config.port)
     allow_many_connections()
-    use_compilation_cache(config.compilation_cache)
     gateway = Gateway(
         Admission(config.max_slots + config.max_num_queued_reqs), max_queued_tokens=config.max_num_queued_tokens
     )
@@ -142,7 +164,7 @@ def serve(config: ServeConfig) -> int:
         try:
             from serve.startup import start_engine
 
-            start_engine(config, gateway, console)
+            start_engine(config, gateway, console, group)
             gc.freeze()
             gc.enable()
             log.info("ready: %s", address)
@@ -159,12 +181,53 @@ def serve(config: ServeConfig) -> int:
         raise failure[0]
     stopped = gateway.engine.stop(timeout=_CLOSE_SECONDS) if gateway.engine is not None else not starter.is_alive()
     failed = gateway.engine is not None and gateway.engine.failure is not None
+    if group is not None:
+        group.end()
     log.info("stopped")
     if not stopped:
         # A thread is inside a compilation or a step; ordinary exit would tear XLA down under it.
         logging.shutdown()
         os._exit(int(failed))
     return int(failed)
+
+
+def meet(config: ServeConfig) -> "Group | None":
+    """Meet the other processes that the model is divided over; None if there are none.
+
+    Raises:
+        ValueError: They cannot be reached, or were started with other settings.
+    """
+    if config.coordinator is None:
+        return None
+    import jax
+
+    from serve.hosts import check_same, connect
+    from spear_jax.hosts import join
+
+    if not join(config.coordinator, num_processes=config.num_processes, process_id=config.process_id):
+        return None
+    if config.tensor_parallel != jax.device_count():
+        raise ValueError(
+            f"tensor_parallel must be the {jax.device_count()} devices of {jax.process_count()} processes, "
+            f"got {config.tensor_parallel}"
+        )
+    check_same(config)
+    return connect()
+
+
+def follow_process_0(config: ServeConfig, group: "Group", console: Console) -> int:
+    """Do what process 0 tells until it ends; gives the exit status."""
+    from serve.hosts import follow
+    from serve.startup import start_runner
+
+    # A signal to all processes of a group is process 0's to act on: it drains, and needs the others for it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    runner, _, _ = start_runner(config, console)
+    log.info("ready to follow process 0")
+    follow(runner, group)
+    log.info("stopped")
+    return 0
 
 
 def listen(host: str, port: int) -> socket.socket:

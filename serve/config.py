@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from spear_jax.hosts import check_processes
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
@@ -80,11 +82,36 @@ class ServeConfig:
     step. auto: expanded on CPU, where unpacking costs more than reading, packed elsewhere."""
 
     tensor_parallel: int = 1
-    """Devices of this machine that the model is divided over."""
+    """Devices that the model is divided over: of this machine, or all those of several hosts."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where the processes of a model over several hosts meet, one on each host, all started
+    with the same settings; process 0 serves HTTP. auto: found out on Cloud TPU, under SLURM and Open MPI."""
+
+    num_processes: int | None = None
+    """With a coordinator, how many processes there are."""
+
+    process_id: int | None = None
+    """With a coordinator, which of them this is, from 0."""
 
     reduction: Literal["psum", "dual-write"] = "psum"
     """How devices sum parts of products. dual-write: on Hopper GPUs and TPUs each writes into the memory of all,
     up to 64 rows; elsewhere, and above, as psum. psum: XLA's collective."""
+
+    replicas: int = 0
+    """Engines behind this endpoint, each in a process of its own that Ray starts where there is room (extra `ray`). 0:
+    the one of this process. SIGHUP reads the settings' file again and updates replicas one after another."""
+
+    max_replicas: int | None = None
+    """So many at most, at least `replicas`: one is added while requests wait or answers are late, and taken away while
+    half of the others would do."""
+
+    ray_address: str | None = None
+    """Ray cluster to join, as `auto` or `ray://host:10001`; by default one is started on this machine."""
+
+    router: Literal["prefix", "slack", "round-robin"] = "prefix"
+    """Which replica gets a request. prefix: who holds most of its prompt, of those that would answer in time. slack:
+    who would answer first. round-robin: each in turn."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of activations, KV cache and unquantized weights; auto: float32 on CPU, bfloat16 elsewhere."""
@@ -184,6 +211,7 @@ class ServeConfig:
         for name, low in (
             ("max_slots", 1),
             ("tensor_parallel", 1),
+            ("replicas", 0),
             ("stall_tokens", 1),
             ("max_num_queued_reqs", 0),
             ("port", 0),
@@ -192,6 +220,11 @@ class ServeConfig:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if self.steps_per_call is not None and self.steps_per_call < 1:
             raise ValueError(f"steps_per_call must be at least 1, got {self.steps_per_call}")
+        check_processes(self.coordinator, self.num_processes, self.process_id)
+        if self.coordinator is not None and self.replicas:
+            raise ValueError("replicas of a model over several hosts are not there: give coordinator or replicas")
+        if self.max_replicas is not None and not 1 <= self.replicas <= self.max_replicas:
+            raise ValueError(f"max_replicas must be at least the {self.replicas} replicas, got {self.max_replicas}")
         if self.port > 65535:
             raise ValueError(f"port must be at most 65535, got {self.port}")
         if self.max_context is not None and self.max_context < 2:

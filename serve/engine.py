@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from serve.detokenize import Detokenizer, LogprobsHolder, StopMatcher
+from serve.latency import LatencyTable
 from serve.loop import Call, Ring
 from serve.metrics import Metrics
 from serve.request import FinishReason, Output, Request, SamplingParams, Slo, TokenLogprobs
@@ -258,6 +259,11 @@ class Engine:
         self.abort_all()
         self._thread.join(timeout)
         return not self._thread.is_alive()
+
+    @property
+    def table(self) -> LatencyTable | None:
+        """The latency table that limits are judged by, if there is one."""
+        return None if self._scheduler.timing is None else self._scheduler.timing.table
 
     @property
     def refuses(self) -> bool:

@@ -172,8 +172,7 @@ async def _events(ticket: Ticket, shape: "_Shape", *, include_usage: bool) -> As
             yield _event(head | {"choices": [opening]} | tail)
     async for index, output in ticket.outputs():
         if output.error is not None:
-            kind = "server_error"
-            yield _event(_error_body(output.error, kind=kind, code="engine_error"))
+            yield error_event(output.error, code="engine_error")
             return
         tokens += output.tokens
         uncompensated += output.uncompensated
@@ -184,6 +183,11 @@ async def _events(ticket: Ticket, shape: "_Shape", *, include_usage: bool) -> As
     if include_usage:
         yield _event(head | {"choices": [], "usage": _usage(ticket, tokens, uncompensated, cached)})
     yield b"data: [DONE]\n\n"
+
+
+def error_event(message: str, *, code: str) -> bytes:
+    """Give the event that ends a stream because of the server."""
+    return _event(_error_body(message, kind="server_error", code=code))
 
 
 def _event(body: dict[str, Any]) -> bytes:

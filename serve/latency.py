@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels.tpus import GENERATIONS
 from spear_jax.config import ModelConfig
 
 FORMAT = 1
@@ -168,16 +170,51 @@ class Drift:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """What a roofline needs: bytes/s of memory, operations/s of matrix products, seconds that a step costs besides."""
+    """What a roofline needs: bytes/s of memory, operations/s of matrix products, seconds that a step costs besides.
+
+    Of several `devices` that share a model, also bytes/s from each to the others, and seconds that a sum over them
+    takes beside.
+    """
 
     name: str
     bandwidth: float
     operations: float
-    overhead: float
+    overhead: float = 0.8e-3
+    link: float
+    sum_latency: float
+    devices: int = 1
 
 
-H200 = Hardware(name="H200", bandwidth=0.85 * 4.8e12, operations=0.6 * 989e12, overhead=0.8e-3)
-"""Data sheet (SXM: 4.8 TB/s, 989 bf16 TFLOP/s dense) times shares that well-tuned kernels reach; not measured here."""
+H200 = Hardware(name="H200", bandwidth=0.85 * 4.8e12, operations=0.6 * 989e12, link=0.7 * 450e9, sum_latency=12e-6)
+"""Data sheet (SXM: 4.8 TB/s, 989 bf16 TFLOP/s dense, NVLink 450 GB/s each way) times shares that well-tuned kernels
+reach; not measured here."""
+
+_ICI = {"v5e": 200e9, "v5p": 600e9, "v6e": 448e9, "tpu7x": 600e9}
+"""Bytes/s between a TPU and its neighbours, all links one way, by data sheets."""
+
+_ROOFLINES = {"h200": H200} | {
+    name: Hardware(
+        name=name,
+        bandwidth=0.85 * chip.bandwidth,
+        operations=0.6 * chip.bf16_flops,
+        link=0.7 * _ICI[name],
+        sum_latency=6e-6,
+    )
+    for name, chip in GENERATIONS.items()
+}
+
+
+def hardware(spec: str = "h200") -> Hardware:
+    """Give what a roofline needs of a chip, or of several: `h200`, `v5e`, `h200x4`. A TPU is one core of its kind.
+
+    Raises:
+        ValueError: It is none that is known.
+    """
+    match = re.fullmatch(r"(.+?)(?:x([1-9]\d*))?", spec.lower())
+    if match is None or match[1] not in _ROOFLINES:
+        raise ValueError(f"{spec!r} is none of {', '.join(_ROOFLINES)}, nor several of one, as h200x4")
+    found, devices = _ROOFLINES[match[1]], int(match[2] or 1)
+    return dataclasses.replace(found, devices=devices, name=found.name if devices == 1 else f"{devices} {found.name}")
 
 
 def roofline(
@@ -193,8 +230,11 @@ def roofline(
     """Compute the table of an int4 model with bf16 activations and cache from a roofline, where none was measured.
 
     The chunk and the decode step are programs of their own, as the engine runs them: each reads the weights. `density`
-    is the share of linears that have a compensator, of `rank`, which the second set leaves out.
+    is the share of linears that have a compensator, of `rank`, which the second set leaves out. Several devices divide
+    the work evenly, but for two sums a layer.
     """
+    parts = hardware.devices
+    bandwidth, operations = parts * hardware.bandwidth, parts * hardware.operations
     shapes = config.module_shapes().values()
     linear = config.num_layers * sum(n * k for n, k in shapes)
     low_rank = config.num_layers * density * sum(rank * (n + k) for n, k in shapes)
@@ -205,10 +245,12 @@ def roofline(
 
     def program(rows: Any, sequences: Any, keys: Any, seen: Any, extra: float) -> Any:
         """Time a program of so many rows, of which `sequences` need logits; `keys` are read, `seen` by each row."""
-        reading = (linear / 2 + 2 * head + extra) / hardware.bandwidth
-        computing = (2 * rows * (linear + extra) + 2 * sequences * head) / hardware.operations
-        attending = np.maximum(keys * per_token / hardware.bandwidth, rows * seen * pairs / hardware.operations)
-        return np.where(rows > 0, hardware.overhead + np.maximum(reading, computing) + attending, 0.0)
+        reading = (linear / 2 + 2 * head + extra) / bandwidth
+        computing = (2 * rows * (linear + extra) + 2 * sequences * head) / operations
+        attending = np.maximum(keys * per_token / bandwidth, rows * seen * pairs / operations)
+        sent = 2 * (parts - 1) / parts * rows * config.hidden_size * 2 / hardware.link
+        summing = 2 * config.num_layers * (hardware.sum_latency + sent) if parts > 1 else 0.0
+        return np.where(rows > 0, hardware.overhead + np.maximum(reading, computing) + attending + summing, 0.0)
 
     seconds = [program(d, d, d * k, k, low_rank) + program(c, 1, k + c, k + c / 2, extra) for extra in (low_rank, 0.0)]
     table = make_table(np.stack(seconds), decodes=decodes, chunks=chunks, contexts=contexts, longest=False)

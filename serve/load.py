@@ -16,16 +16,24 @@ from rich.table import Table
 
 from serve.request import Slo
 
+BLOCK_TOKENS = 512
+"""Tokens of a block of Mooncake's traces."""
+
 type Arrivals = Literal["trace", "poisson", "fixed"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """A request to come `at` so many seconds from the start, of `prompt` tokens, to be answered with `output`."""
+    """A request to come `at` so many seconds from the start, of `prompt` tokens, to be answered with `output`.
+
+    `blocks` names the prompt's pieces of `BLOCK_TOKENS`, where a trace does: prompts that begin alike begin with the
+    same names.
+    """
 
     at: float
     prompt: int
     output: int
+    blocks: tuple[int, ...] = ()
 
 
 def read_trace(path: Path) -> list[Job]:
@@ -65,7 +73,12 @@ def _azure(lines: Iterable[str]) -> list[Job]:
 def _mooncake(lines: Iterable[str]) -> list[Job]:
     rows = (json.loads(line) for line in lines if line.strip())
     return [
-        Job(at=row["timestamp"] / 1e3, prompt=int(row["input_length"]), output=int(row["output_length"]))
+        Job(
+            at=row["timestamp"] / 1e3,
+            prompt=int(row["input_length"]),
+            output=int(row["output_length"]),
+            blocks=tuple(row.get("hash_ids", ())),
+        )
         for row in rows
     ]
 
@@ -94,13 +107,15 @@ def arrange(jobs: Sequence[Job], arrivals: Arrivals, *, rate: float | None, seed
 class Answer:
     """What became of a request: seconds from its start to each token, or to each piece of text of several tokens.
 
-    `times` is empty where it was refused; `tokens` and `prompt` count tokens.
+    `times` is empty where it was refused; `tokens` and `prompt` count tokens, `cached` those of the prompt that were in
+    the cache already.
     """
 
     times: Sequence[float]
     tokens: int = 0
     prompt: int = 0
     uncompensated: int = 0
+    cached: int = 0
 
     @property
     def gaps(self) -> list[float]:
@@ -143,6 +158,7 @@ def summarize(answers: Sequence[Answer], *, seconds: float, slo: Slo) -> dict[st
         "attained": kept / len(answers),
         "goodput": kept / seconds,
         "uncompensated_tokens": sum(answer.uncompensated for answer in done),
+        "cached_share": sum(answer.cached for answer in done) / max(sum(answer.prompt for answer in done), 1),
     } | {name: _spread(values) for name, values in spread.items()}
 
 

@@ -1,8 +1,12 @@
 """Prometheus metrics in vLLM's vocabulary under the prefix `spear:`."""
 
+from collections.abc import Iterator, Mapping
 from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from serve.request import FinishReason
 
@@ -115,3 +119,21 @@ class Metrics:
         return Histogram(f"spear:{name}", text, ["model_name"], registry=self.registry, buckets=buckets).labels(
             self._model_name
         )
+
+
+def merged(texts: Mapping[str, str]) -> bytes:
+    """Join what several replicas show at `/metrics`; each sample gets a label `replica`."""
+    families: dict[str, Metric] = {}
+    for name, text in texts.items():
+        for family in text_string_to_metric_families(text):
+            whole = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for sample in family.samples:
+                whole.samples.append(sample._replace(labels=sample.labels | {"replica": name}))
+
+    class Families(Collector):
+        def collect(self) -> Iterator[Metric]:
+            return iter(families.values())
+
+    registry = CollectorRegistry()
+    registry.register(Families())
+    return generate_latest(registry)

@@ -32,7 +32,7 @@ from serve.sampling import Logprobs, SamplingState, likeliest, log_probabilities
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.quantize import weight_bytes
 from spear_jax.nn.row_parallel import MOST_ROWS, PeerCache
-from spear_jax.sharding import OWN, SAME, of_parts, sums_by_inbox
+from spear_jax.sharding import OWN, SAME, of_parts, same_everywhere, sums_by_inbox
 
 _CHECK_SECONDS = 1.0
 """How often the runner looks whether a device was lost, which waits for the steps that run."""
@@ -284,7 +284,7 @@ class Runner:
             self._state.cache.inbox.check()
 
     def _everywhere(self, array: np.ndarray) -> Array:
-        return jax.device_put(array, None if self._mesh is None else NamedSharding(self._mesh, SAME))
+        return jax.device_put(array) if self._mesh is None else same_everywhere(array, self._mesh)
 
     def _programs(self) -> list[tuple[str, Any, list[Array], tuple[Any, ...]]]:
         """Give every program by name, with the arrays of its model and the arguments to warm it up with."""

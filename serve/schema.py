@@ -169,13 +169,7 @@ class CommonBody(BaseModel):
         Raises:
             BadParameterError: A limit is no number above 0.
         """
-        ttft = _seconds(TTFT_KEY, self.slo_ttft_ms, headers)
-        tpot = _seconds(TPOT_KEY, self.slo_tpot_ms, headers)
-        return Slo(
-            ttft=default.ttft if ttft is None else ttft,
-            itl=default.itl if tpot is None else UNBOUNDED,
-            tpot=default.tpot if tpot is None else tpot,
-        )
+        return limits(headers, default=default, ttft_ms=self.slo_ttft_ms, tpot_ms=self.slo_tpot_ms)
 
     def biases(self, *, vocab_size: int) -> tuple[tuple[int, float], ...]:
         """Give what is to be added to the logits of tokens.
@@ -219,6 +213,21 @@ class CommonBody(BaseModel):
             stop=self.stops,
             stop_token_ids=frozenset(() if self.ignore_eos else eos_ids) | frozenset(self.stop_token_ids or ()),
         )
+
+
+def limits(headers: Mapping[str, str], *, default: Slo, ttft_ms: Any = None, tpot_ms: Any = None) -> Slo:
+    """Give the limits on time that a body's values or else the headers ask for, and where they do not, the default.
+
+    Raises:
+        BadParameterError: A limit is no number above 0.
+    """
+    ttft = _seconds(TTFT_KEY, ttft_ms, headers)
+    tpot = _seconds(TPOT_KEY, tpot_ms, headers)
+    return Slo(
+        ttft=default.ttft if ttft is None else ttft,
+        itl=default.itl if tpot is None else UNBOUNDED,
+        tpot=default.tpot if tpot is None else tpot,
+    )
 
 
 def _seconds(key: str, value: float | None, headers: Mapping[str, str]) -> float | None:

@@ -24,6 +24,7 @@ from serve.cpu import cpu_logits, lay_out_for_cpu
 from serve.engine import Engine
 from serve.gateway import Gateway, ModelInfo
 from serve.gpu import command_buffer_options
+from serve.hosts import Group, led
 from serve.latency import Profile, load_profile
 from serve.layout import lay_out
 from serve.loop import LoopRunner, LoopSettings
@@ -34,6 +35,7 @@ from serve.runner import Runner, cache_page_bytes
 from serve.slots import SlotScheduler, Timing
 from spear_jax.cli import cache_dir
 from spear_jax.config import ModelConfig, load_yaml
+from spear_jax.hosts import least_of_all
 from spear_jax.loading import find_checkpoint
 from spear_jax.models import LoadedModel, activation_dtype
 from spear_jax.models.decoder import Decoder, unstack
@@ -209,6 +211,7 @@ def plan_cache(prepared: Prepared, config: ServeConfig) -> CachePlan:
         if all({"bytes_limit", "bytes_in_use"} <= one.keys() for one in memory):
             free = min(_MEMORY_SHARE * one["bytes_limit"] - one["bytes_in_use"] for one in memory)
             pages = 2 + int(free - temporary) // page_bytes
+    pages = least_of_all(pages)
     tokens = (pages - 1) * PAGE
     least = 2 * PAGE if config.max_context is None else config.max_context
     if tokens < least:
@@ -336,8 +339,8 @@ def timing_of(config: SchedulerConfig, profile: Profile) -> Timing:
     return Timing(table=table, share=config.share, aging=config.aging_s, refuses=config.admission == "refuse")
 
 
-def start_engine(config: ServeConfig, gateway: Gateway, console: Console) -> Engine:
-    """Load, quantize and compile a model, start its engine, and open the gateway to requests.
+def start_runner(config: ServeConfig, console: Console) -> tuple[Runner, Prepared, Profile | None]:
+    """Load, quantize and compile a model, and find its latency table.
 
     Raises:
         ValueError, OSError: The model or the settings cannot be used.
@@ -368,6 +371,18 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console) -> Eng
             prepared.context,
             phases.seconds,
         )
+    return runner, prepared, profile
+
+
+def start_engine(config: ServeConfig, gateway: Gateway, console: Console, group: Group | None = None) -> Engine:
+    """Load, quantize and compile a model, start its engine, and open the gateway to requests.
+
+    With a `group` the other processes of it are told each call of the runner.
+
+    Raises:
+        ValueError, OSError: The model or the settings cannot be used.
+    """
+    runner, prepared, profile = start_runner(config, console)
     names = (config.served_model_name,) if config.served_model_name else (prepared.name, config.model)
     metrics = Metrics(names[0])
     backend = prepared.tokenizer.backend_tokenizer
@@ -379,7 +394,7 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console) -> Eng
         pages=PagePool(pages=runner.pages, table=runner.table_shape, prefix_caching=config.prefix_caching),
     )
     engine = Engine(
-        runner,
+        runner if group is None else led(runner, group),
         scheduler,
         decode=lambda ids: backend.decode(ids, skip_special_tokens=True),
         deliver=gateway.deliver,

@@ -4,18 +4,21 @@ The directory is an Orbax checkpoint whose custom metadata describe the model, a
 checksum of every file. It is written beside its place and renamed into it, so that it is there whole or not at all.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from pallas_kernels.int4_matmul import Gate
@@ -39,6 +42,8 @@ STORED_DTYPE = jnp.dtype(jnp.bfloat16)
 
 _SPARE_BYTES = 1 << 20
 """Room asked for beyond the arrays and the tokenizer: Orbax's own metadata."""
+
+_PATH_BYTES = 4096
 
 type ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 type Component = Literal[
@@ -101,8 +106,9 @@ def save_checkpoint(
 ) -> None:
     """Write a quantized model to the directory `path`, at once or not at all.
 
-    Embedding and head are stored in bfloat16, everything else as it is. `metadata` (JSON values) is kept beside the
-    model. Leftovers of earlier writes to `path` that were killed are removed.
+    Where several processes share a model (`jax.distributed`) all must call it, and each writes what it has, to a disk
+    that they share. Embedding and head are stored in bfloat16, everything else as it is. `metadata` (JSON values) is
+    kept beside the model. Leftovers of earlier writes to `path` that were killed are removed.
 
     Raises:
         ValueError: A linear is not int4, a table is int8, layers are not stacked, or `metadata` is not JSON.
@@ -130,8 +136,57 @@ def save_checkpoint(
         raise ValueError(f"metadata of the checkpoint cannot be written as JSON: {error}") from None
 
     size = sum(array.nbytes for array in arrays.values()) + len(described) + _SPARE_BYTES
-    with writing_directory(path, size=size, overwrite=overwrite) as partial:
-        ocp.save(os.fspath(partial), arrays, custom_metadata=json.loads(described))
+    with writing_together(path, size=size, overwrite=overwrite) as partial:
+        ocp.save(os.fspath(partial), _of_all(arrays), custom_metadata=json.loads(described))
+
+
+def _of_all(arrays: dict[str, Array]) -> dict[str, Array]:
+    """Give arrays that every process has alike as ones that all hold together, of which each writes a part."""
+    if jax.process_count() == 1:
+        return arrays
+    mesh = Mesh(np.asarray(jax.devices()), ("copies",))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return {
+        name: jax.make_array_from_callback(array.shape, everywhere, np.asarray(array).__getitem__)
+        if array.is_fully_addressable
+        else array
+        for name, array in arrays.items()
+    }
+
+
+@contextlib.contextmanager
+def writing_together(path: str | Path, *, size: int, overwrite: bool = False) -> Iterator[Path]:
+    """Give all processes one place to write a directory to, as `writing_directory` does: process 0 puts it in place.
+
+    Raises:
+        FileExistsError, OSError: As there; the other processes raise OSError.
+    """
+    if jax.process_count() == 1:
+        with writing_directory(path, size=size, overwrite=overwrite) as partial:
+            yield partial
+        return
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    def agree(text: str) -> str:
+        said = np.frombuffer(text.encode().ljust(_PATH_BYTES), np.uint8)
+        return bytes(np.asarray(broadcast_one_to_all(said))).decode().rstrip()
+
+    if jax.process_index():
+        if not (place := agree("")):
+            raise OSError(f"{path}: process 0 cannot write it")
+        yield Path(place)
+        if not agree("") or not agree(""):
+            raise OSError(f"{path}: process 0 could not write it, or put it in place")
+        return
+    try:
+        with writing_directory(path, size=size, overwrite=overwrite) as partial:
+            agree(os.fspath(partial))
+            yield partial
+            agree("written")
+    except BaseException:
+        agree("")
+        raise
+    agree("in place")
 
 
 def load_checkpoint(
@@ -155,7 +210,7 @@ def load_checkpoint(
     info, stored = _read(Path(path))
     verify_manifest(Path(path), contents=True)
     skeleton = _skeleton(info, source=str(path))
-    first_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = {}
     for key, leaf in jax.eval_shape(_as_stored, skeleton).items():
         found = stored.pop(key, None)

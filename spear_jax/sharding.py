@@ -236,21 +236,52 @@ def divide(
     Raises:
         ValueError: Something cannot be divided so; says what and its size.
     """
-    count, parts = mesh.size, []
+    count = mesh.size
+    spread = any(not leaf.is_fully_addressable for leaf in jax.tree.leaves(model))
+    cut = _cut_by_all(model, mesh, rules) if spread else lambda index, device: part(model, index, count, rules)
+    parts = []
     for index, device in enumerate(mesh.devices.flat):
-        own = jax.device_put(part(model, index, count, rules), device)
+        if device.process_index != jax.process_index():
+            continue
+        own = jax.device_put(cut(index, device), device)
         with jax.default_device(device):
             parts.append(sum_rows(lay_out(own), parts=count, reduction=reduction, rules=rules))
     return side_by_side(parts, mesh)
 
 
+def _cut_by_all(model: Decoder, mesh: Mesh, rules: ShardingRules | None) -> Callable[[int, Any], Decoder]:
+    """Cut a model that lies on several hosts, all together; give what has the part of a device of this one."""
+
+    def stacked(model: Decoder) -> Decoder:
+        parts = [part(model, index, mesh.size, rules) for index in range(mesh.size)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+
+    cut = jax.jit(stacked, out_shardings=NamedSharding(mesh, OWN))(model)
+
+    def of(index: int, device: Any) -> Decoder:
+        del index
+        return jax.tree.map(lambda leaf: _shard_on(leaf, device)[0], cut)
+
+    return of
+
+
+def _shard_on(array: Array, device: Any) -> Array:
+    return next(shard.data for shard in array.addressable_shards if shard.device == device)
+
+
+def same_everywhere(array: Any, mesh: Mesh) -> Array:
+    """Put an array that every process has alike on all devices; unlike `device_put`, none asks the others for it."""
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, SAME), lambda index: array[index])
+
+
 def side_by_side[T](parts: Sequence[T], mesh: Mesh) -> T:
-    """Give trees, each on its device, as one tree with a leading axis of devices."""
+    """Give trees, each on its device of this process, as one tree with a leading axis of devices."""
     sharding = NamedSharding(mesh, OWN)
+    devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
 
     def join(*leaves: Array) -> Array:
-        own = [jax.device_put(leaf[None], device) for leaf, device in zip(leaves, mesh.devices.flat, strict=True)]
-        return jax.make_array_from_single_device_arrays((len(own), *leaves[0].shape), sharding, own)
+        own = [jax.device_put(leaf[None], device) for leaf, device in zip(leaves, devices, strict=True)]
+        return jax.make_array_from_single_device_arrays((mesh.size, *leaves[0].shape), sharding, own)
 
     return jax.tree.map(join, *parts)
 

@@ -126,7 +126,7 @@ def test_traces_are_read_in_order_from_zero(tmp_path: Path) -> None:
     read = read_trace(azure)
     assert [(job.prompt, job.output) for job in read] == [(4808, 10), (3180, 8)]
     assert [job.at for job in read] == pytest.approx([0, 0.052])
-    assert read_trace(mooncake) == [Job(at=0.0, prompt=6, output=2)]
+    assert read_trace(mooncake) == [Job(at=0.0, prompt=6, output=2, blocks=(0,))]
     for text, word in [("a,b\n1,2\n", "KeyError"), ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "no requests")]:
         azure.write_text(text)
         with pytest.raises(ValueError, match=word):
