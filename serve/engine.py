@@ -112,6 +112,14 @@ class LoopedRunner(Protocol):
         """Judge the last token of every wanted slot [S], as the call before gave it."""
         ...
 
+    def replacement(self, model: Decoder) -> Any:
+        """Give what `swap` takes, made of a model of the same architecture; ValueError if it is another one."""
+        ...
+
+    def swap(self, replacement: Any) -> None:
+        """Run the steps to come by another model."""
+        ...
+
     def recover(self, error: Exception) -> None:
         """Make the state of idle slots anew after `error` in a call; raise if the device cannot be used any more."""
         ...
@@ -252,7 +260,7 @@ class Engine:
             ValueError: It is another one; says what differs.
         """
         replacement = self._runner.replacement(model)
-        self._inbox.put(lambda: self._runner.swap(replacement))
+        self._inbox.put(lambda: self._swap(replacement))
 
     def stop(self, *, timeout: float) -> bool:
         """End the thread, ending what is unfinished with an error; says whether it ended in `timeout` seconds."""
@@ -701,6 +709,11 @@ class Engine:
             self._drop(live)
             self._metrics.finished("abort")
             self._set_gauges()
+
+    def _swap(self, replacement: Any) -> None:
+        self._runner.swap(replacement)
+        if self._scheduler.pages is not None:
+            self._scheduler.pages.renew()
 
     def _request_stop(self) -> None:
         self._stopping = True

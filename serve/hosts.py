@@ -16,6 +16,7 @@ import queue
 import secrets
 import socket
 import threading
+import types
 from collections.abc import Callable
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
@@ -149,19 +150,16 @@ def _own_address() -> str:
 def led[R](runner: R, group: Group) -> R:
     """Give process 0's runner as one of which each call of a public method is told to the others, then made here."""
 
-    class Led:
-        def __getattr__(self, name: str) -> Any:
-            found = getattr(runner, name)
-            if not callable(found):
-                return found
+    def told(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            group.tell(("call", (name, args, kwargs)))
+            return method(*args, **kwargs)
 
-            def call(*args: Any, **kwargs: Any) -> Any:
-                group.tell(("call", (name, args, kwargs)))
-                return found(*args, **kwargs)
+        return call
 
-            return call
-
-    return Led()  # type: ignore[return-value]
+    found = {name: getattr(runner, name) for name in dir(runner) if not name.startswith("_")}
+    own = {name: told(name, value) if callable(value) else value for name, value in found.items()}
+    return types.SimpleNamespace(**own)  # type: ignore[return-value]
 
 
 def follow(runner: Any, group: Group) -> None:

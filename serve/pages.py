@@ -45,6 +45,7 @@ class PagePool:
         self.table = np.full(table, SCRATCH, np.int32)
         self.changed = True
         self._prefix_caching = prefix_caching
+        self._root = b""
         self._free = list(range(pages - 1, SCRATCH, -1))
         self._references = np.zeros(pages, np.int64)
         self._uncompensated = np.zeros(pages, np.int64)
@@ -84,7 +85,7 @@ class PagePool:
         of the last token, which must be computed again. Gives how many tokens these have, and how many of them went
         without some compensators.
         """
-        found, name = self._known(tokens, droppable=droppable) if shared else ([], b"")
+        found, name = self._known(tokens, droppable=droppable) if shared else ([], self._root)
         idle = sum(page in self._idle for page in found)
         if self.available - idle < pages_for(room) - len(found) + spare:
             return None
@@ -144,10 +145,14 @@ class PagePool:
             known.clear()
         self.changed = True
 
+    def renew(self) -> None:
+        """Share none of what is known now, as what is computed from now on is different: the weights are others."""
+        self._root = hashlib.blake2b(self._root, digest_size=16).digest()
+
     def _known(self, tokens: Sequence[int], *, droppable: bool) -> tuple[list[int], bytes]:
         """Give the pages that the tokens begin with, as far as they are known, and the name of the last."""
         found: list[int] = []
-        name = b""
+        name = self._root
         while self._prefix_caching and (len(found) + 1) * PAGE < len(tokens):
             part = tokens[len(found) * PAGE : (len(found) + 1) * PAGE]
             names = [_name_of(name, part, uncompensated=flag) for flag in (False, True)[: 1 + droppable]]
@@ -155,7 +160,7 @@ class PagePool:
             if not name:
                 break
             found.append(self._pages[name])
-        return found, self._names[found[-1]] if found else b""
+        return found, self._names[found[-1]] if found else self._root
 
     def _name(self, held: _Sequence) -> None:
         """Name the page that a sequence has just filled, unless another is called so already."""

@@ -339,8 +339,8 @@ def timing_of(config: SchedulerConfig, profile: Profile) -> Timing:
     return Timing(table=table, share=config.share, aging=config.aging_s, refuses=config.admission == "refuse")
 
 
-def start_runner(config: ServeConfig, console: Console) -> tuple[Runner, Prepared, Profile | None]:
-    """Load, quantize and compile a model, and find its latency table.
+def start_runner(config: ServeConfig, console: Console) -> tuple[Runner, Prepared, Timing | None]:
+    """Load, quantize and compile a model, and find what its scheduler judges deadlines by.
 
     Raises:
         ValueError, OSError: The model or the settings cannot be used.
@@ -371,7 +371,7 @@ def start_runner(config: ServeConfig, console: Console) -> tuple[Runner, Prepare
             prepared.context,
             phases.seconds,
         )
-    return runner, prepared, profile
+    return runner, prepared, timing
 
 
 def start_engine(config: ServeConfig, gateway: Gateway, console: Console, group: Group | None = None) -> Engine:
@@ -382,7 +382,7 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console, group:
     Raises:
         ValueError, OSError: The model or the settings cannot be used.
     """
-    runner, prepared, profile = start_runner(config, console)
+    runner, prepared, timing = start_runner(config, console)
     names = (config.served_model_name,) if config.served_model_name else (prepared.name, config.model)
     metrics = Metrics(names[0])
     backend = prepared.tokenizer.backend_tokenizer

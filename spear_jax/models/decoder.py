@@ -242,7 +242,8 @@ class Decoder(nnx.Module):
                     if cache is not None:
                         part = cache.of_layer(i) if whole else cache[i]
                     x, update, part = _separate_layer(layer, x, update, ropes, part, partial, own, window=windows[i])
-                    cache = cache.with_layer(part) if whole else cache
+                    if cache is not None and whole:
+                        cache = cache.with_layer(part)
                     caches.append(part)
                 cache = tuple(caches) if isinstance(cache, tuple) else cache
             else:

@@ -132,3 +132,13 @@ def test_whatever_happens_each_page_is_free_or_known_or_held(seed: int, pages: i
         pool.free(slot)
     assert pool.available == pool.total
     assert pool.usage == 0
+
+
+def test_what_other_weights_made_is_not_shared() -> None:
+    pool = PagePool(pages=20, table=(2, 6))
+    tokens = list(range(3 * PAGE + 1))
+    assert filled(pool, 0, tokens) == 0
+    pool.renew()
+    assert filled(pool, 1, tokens) == 0
+    pool.free(0)
+    assert filled(pool, 0, tokens) == 3 * PAGE
