@@ -17,6 +17,7 @@ from serve.engine import Engine
 from serve.latency import LatencyTable, Profile, make_table
 from serve.load import Answer, Job, arrange, read_trace, summarize
 from serve.metrics import Metrics
+from serve.pages import PagePool
 from serve.request import Output, Request, SamplingParams, Slo
 from serve.simulate import SimulateConfig, compare, make_scheduler, simulate
 from serve.slots import SlotScheduler, Timing
@@ -34,9 +35,9 @@ def linear_table() -> LatencyTable:
     return make_table(seconds[None], decodes=decodes, chunks=chunks, contexts=contexts, longest=False)
 
 
-def scheduler(policy: str, **options: bool) -> SlotScheduler:
-    timing = Timing(table=linear_table(), share=1.0, **options)
-    return make_scheduler(policy, buckets=BUCKETS, slots=8, stall_tokens=16, timing=timing)
+def scheduler(policy: str, *, refuses: bool = False, pages: PagePool | None = None) -> SlotScheduler:
+    timing = Timing(table=linear_table(), share=1.0, refuses=refuses)
+    return make_scheduler(policy, buckets=BUCKETS, slots=8, stall_tokens=16, timing=timing, pages=pages)
 
 
 def test_a_lone_request_takes_what_the_table_says() -> None:
@@ -62,22 +63,40 @@ def test_a_newcomer_joins_after_the_iteration_that_was_decided_before_it_came() 
     policy=st.sampled_from(POLICIES),
     itl=st.sampled_from([0.005, 0.02, 0.03]),
     refuses=st.booleans(),
+    few_pages=st.booleans(),
 )
 def test_every_request_is_answered_whole_or_refused(
-    jobs: list[tuple[float, int, int]], policy: str, itl: float, refuses: bool
+    jobs: list[tuple[float, int, int]], policy: str, itl: float, refuses: bool, few_pages: bool
 ) -> None:
     work = sorted((Job(at=at, prompt=prompt, output=output) for at, prompt, output in jobs), key=lambda job: job.at)
-    made = scheduler(policy, refuses=refuses)
+    pages = PagePool(pages=14, table=(8, 12), prefix_caching=False) if few_pages else None
+    made = scheduler(policy, refuses=refuses, pages=pages)
     answers, seconds = simulate(made, linear_table(), work, slo=Slo(itl=itl, ttft=0.2))
     for job, answer in zip(work, answers, strict=True):
         assert len(answer.times) == job.output or (refuses and policy == "slo" and not answer.times)
-        assert all(gap >= 0.010999 for gap in answer.gaps)
+        assert few_pages or all(gap >= 0.010999 for gap in answer.gaps)
         assert not answer.times or 0.0035 < answer.times[0] <= answer.times[-1] <= seconds - job.at + 1e-9
     assert made.idle
     assert sorted(made._free) == list(range(8))
     assert not made.slo
-    if policy == "slo" and itl == 0.03:
+    assert pages is None or pages.available == pages.total
+    if policy == "slo" and itl == 0.03 and not few_pages:
         assert max((gap for answer in answers for gap in answer.gaps), default=0) <= itl + 1e-9
+
+
+def test_where_pages_run_out_answers_wait_and_lose_time_but_no_tokens() -> None:
+    jobs = [Job(at=0.01 * i, prompt=100, output=200) for i in range(8)]
+    crowded = scheduler("chunk-256", pages=PagePool(pages=17, table=(8, 12), prefix_caching=False))
+    left: list[Request] = []
+    reserve = crowded.reserve
+    crowded.reserve = lambda iterations=1: left.extend(gone := reserve(iterations)) or gone  # type: ignore[method-assign]
+    (answers, seconds), (_, roomy) = (
+        simulate(made, linear_table(), jobs, slo=Slo()) for made in (crowded, scheduler("chunk-256"))
+    )
+    assert [len(answer.times) for answer in answers] == [200] * 8
+    assert left, "sixteen pages hold three answers of five"
+    assert "0" not in {request.id for request in left}, "the oldest stays"
+    assert seconds > 1.5 * roomy
 
 
 def test_limits_are_kept_where_fixed_chunks_miss_them_or_are_slower() -> None:
