@@ -112,8 +112,9 @@ class Runner:
 
         self._idle_state = idle
         self._state: DeviceState = idle()
-        self.table_shape: tuple[int, int] = self._state.table.shape[-2:]
         self.pages = 1 + slots * pages_for(context) if pages is None else pages
+        self._first_table = whole_table(slots=slots, context=context, padding=self.buckets[-1], pages=self.pages)
+        self.table_shape: tuple[int, int] = self._first_table.shape
         self._renumber = jax.jit(_renumbered, donate_argnums=0, out_shardings=self._state.table.sharding)
         self._mesh, self._checked = mesh, time.monotonic()
         jit = functools.partial(_jit, logits=logits, options=compiler_options, mesh=mesh)
@@ -320,7 +321,7 @@ class Runner:
 
         state = _shapes(self._state)
 
-        self.use_table(np.asarray(jax.device_get(self._state.table)).reshape(-1, *self.table_shape)[0])
+        self.use_table(self._first_table)
         with ThreadPoolExecutor(max_workers=2) as pool:
             # A call finds what was compiled for the same function, shapes and placement.
             pending = [
