@@ -320,7 +320,7 @@ class Runner:
 
         state = _shapes(self._state)
 
-        self.use_table(np.asarray(jax.device_get(self._state.table)).reshape(-1, *self.table_shape)[0])
+        self.use_table(np.asarray(self._state.table.addressable_data(0)).reshape(-1, *self.table_shape)[0])
         with ThreadPoolExecutor(max_workers=2) as pool:
             # A call finds what was compiled for the same function, shapes and placement.
             pending = [
