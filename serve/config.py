@@ -221,6 +221,10 @@ class ServeConfig:
         if self.steps_per_call is not None and self.steps_per_call < 1:
             raise ValueError(f"steps_per_call must be at least 1, got {self.steps_per_call}")
         check_processes(self.coordinator, self.num_processes, self.process_id)
+        if self.coordinator is not None and self.steps_per_call not in (None, 1):
+            raise ValueError(f"steps_per_call must be 1 for a model over several hosts, got {self.steps_per_call}")
+        if self.coordinator is not None and self.reload_checkpoint:
+            raise ValueError("reload_checkpoint is for a model on one host: end all processes, and start them again")
         if self.coordinator is not None and self.replicas:
             raise ValueError("replicas of a model over several hosts are not there: give coordinator or replicas")
         if self.max_replicas is not None and not 1 <= self.replicas <= self.max_replicas:

@@ -21,7 +21,7 @@ from typing import Any
 import ray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from ray import serve as ray_serve
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, RayServeException
 from rich.console import Console
@@ -271,6 +271,10 @@ class Front:
                 if isinstance(error, BackPressureError):
                     await self._fail(send, "all replicas are full", code="queue_full")
                     return
+                if isinstance(error, RayTaskError) and not isinstance(error, RayActorError) and started is None:
+                    log.error("a replica failed: %s", error)
+                    await self._fail(send, "the server failed", code="internal_error", status=500)
+                    return
                 log.warning("a replica was lost: %s", type(error).__name__)
                 self._lost.inc()
                 if started is not None:
@@ -313,8 +317,8 @@ class Front:
             slo = self._slo
         return arrival_of(body, slo)
 
-    async def _fail(self, send: Send, message: str, *, code: str) -> None:
-        response = error_response(503, message, code=code, retry=_RETRY_SECONDS)
+    async def _fail(self, send: Send, message: str, *, code: str, status: int = 503) -> None:
+        response = error_response(status, message, code=code, retry=_RETRY_SECONDS if status == 503 else None)
         await self._send(send, response.status_code, response.raw_headers, bytes(response.body))
 
     async def _break_off(self, send: Send, started: tuple[int, Headers]) -> None:

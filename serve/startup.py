@@ -268,7 +268,7 @@ def loop_settings(config: ServeConfig, timing: Timing | None) -> LoopSettings | 
     steps = config.steps_per_call
     if steps is None:
         steps = 1 if jax.default_backend() == "gpu" else _STEPS_PER_CALL
-    if steps == 1:
+    if steps == 1 or jax.process_count() > 1:  # the loop's state was not tried over several processes
         return None
     limits = {} if timing is None else {"table": timing.table, "share": timing.share}
     return LoopSettings(passes=steps, stall_tokens=config.stall_tokens, **limits)

@@ -74,6 +74,8 @@ def test_who_is_gone_is_named() -> None:
         ({"coordinator": "h:1", "num_processes": 2}, "process_id must be"),
         ({"coordinator": "h:1", "num_processes": 2, "process_id": 2}, "process_id must be"),
         ({"coordinator": "auto", "process_id": 0}, "need a coordinator"),
+        ({"coordinator": "auto", "steps_per_call": 8}, "steps_per_call must be 1"),
+        ({"coordinator": "auto", "reload_checkpoint": True}, "reload_checkpoint is for a model on one host"),
         ({"coordinator": "auto", "replicas": 2}, "replicas of a model over several hosts"),
     ],
 )
