@@ -90,7 +90,7 @@ class Target:
             return int(head.split()[1]) if head.startswith(b"HTTP/") else 0
 
     def post(self, path: str, body: bytes, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=900)
         try:
             connection.request("POST", path, body, {"content-type": "application/json"} | (headers or {}))
             response = connection.getresponse()
