@@ -2,10 +2,13 @@
 
 import contextlib
 import contextvars
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
+
+log = logging.getLogger(__name__)
 
 Implementation = Literal["mosaic_gpu", "mosaic_tpu", "xla"]
 
@@ -78,7 +81,8 @@ def call(
 ) -> Any:
     """Run `op` on `implementation`, or on the platform's preferred backend that supports the case.
 
-    A backend says that it cannot do a case by raising `NotImplementedError` while it is traced.
+    A backend says that it cannot do a case by raising `NotImplementedError` while it is traced. The one that is taken
+    is told to this module's log, at level debug.
 
     Raises:
         ValueError: `implementation` is not the name of a backend.
@@ -95,7 +99,10 @@ def call(
     for name in ("xla",) if _BY_XLA.get() else _PREFERENCE.get(platform(), ("xla",)):
         if name in backends:
             try:
-                return backends[name](*args, **kwargs)
+                result = backends[name](*args, **kwargs)
             except NotImplementedError as refusal:
                 refusals.append(refusal)
+            else:
+                log.debug("%s by %s", op, name)
+                return result
     raise ExceptionGroup(f"no backend can run this {op}", refusals)

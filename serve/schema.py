@@ -111,7 +111,7 @@ class CommonBody(BaseModel):
     user: str | None = None
     slo_ttft_ms: Annotated[Number | None, Field(validation_alias=AliasChoices(TTFT_KEY, "slo_ttft_ms"))] = None
     slo_tpot_ms: Annotated[Number | None, Field(validation_alias=AliasChoices(TPOT_KEY, "slo_tpot_ms"))] = None
-    priority: Annotated[int, Field(strict=True)] = 0
+    priority: Annotated[int, Field(strict=True, ge=-(2**31), lt=2**31)] = 0
     allow_uncompensated: Annotated[bool, Field(strict=True)] = True
 
     def check(self) -> None:

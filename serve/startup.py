@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from pallas_kernels import dispatch
 from pallas_kernels.tuning import device_name
 from serve.config import SchedulerConfig, ServeConfig
 from serve.cpu import cpu_logits, lay_out_for_cpu
@@ -358,9 +359,11 @@ def start_runner(config: ServeConfig, console: Console) -> tuple[Runner, Prepare
             pages=plan.pages,
             loop=loop_settings(config, timing),
         )
-        with phases.phase("compile", steps=runner.num_programs):
+        with phases.phase("compile", steps=runner.num_programs), kernels_used() as kernels:
             for program in runner.warm_up():
                 phases.advance(f"compiled {program}")
+        device = jax.devices()[0].device_kind
+        log.info("device: %s; kernels: %s", device, ", ".join(sorted(kernels)) or "none, all by XLA")
         log.info(
             "%s: %s, %.0f MiB; %s, for %d slots of up to %d tokens; started in %.1f s",
             prepared.name,
@@ -413,6 +416,28 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console, group:
     engine.start()
     gateway.ready(engine, info, metrics, stuck_seconds=config.stuck_seconds, slo=default_slo(config.scheduler))
     return engine
+
+
+@contextlib.contextmanager
+def kernels_used() -> Iterator[set[str]]:
+    """Collect which backend is taken for each operation of what is traced inside, in any thread."""
+    used: set[str] = set()
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            used.add(record.getMessage())
+
+    source, collector = dispatch.log, Collector()
+    level, propagates = source.level, source.propagate
+    source.addHandler(collector)
+    source.setLevel(logging.DEBUG)
+    source.propagate = False
+    try:
+        yield used
+    finally:
+        source.removeHandler(collector)
+        source.setLevel(level)
+        source.propagate = propagates
 
 
 def default_slo(config: SchedulerConfig) -> Slo:

@@ -1,9 +1,10 @@
 """Attack a server, or load it for long, and say what it took: `python tests/serve/hostile.py [soak] [--minutes N]`.
 
-Starts `python -m spear_jax.serve` with the demo model, or takes `--model`, and writes one JSON object to `--out`, by
-default under `serve/results/`. Without `soak`, hostile clients of every kind come while ordinary streams go on, which
-must say the same as before; with it, a mixed load with cancels goes on for so many minutes. The exit status is 1 if the
-server answered with 5xx where it should not, lost or changed an answer, kept memory, or is not healthy in the end.
+Starts `python -m spear_jax.serve` with the demo model, or with a tiny one of random weights (`--tiny`), and writes one
+JSON object to `--out`, by default under `serve/results/`. Without `soak`, hostile clients of every kind come while
+ordinary streams go on, which must say the same as before; with it, a mixed load with cancels goes on for so many
+minutes. The exit status is 1 if the server answered with 5xx where it should not, lost or changed an answer, kept
+memory, or is not healthy in the end.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -90,7 +92,7 @@ class Target:
             return int(head.split()[1]) if head.startswith(b"HTTP/") else 0
 
     def post(self, path: str, body: bytes, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=900)
         try:
             connection.request("POST", path, body, {"content-type": "application/json"} | (headers or {}))
             response = connection.getresponse()
@@ -126,6 +128,29 @@ class Target:
         return self.process.wait(60)
 
 
+def write_tiny(folder: Path) -> Path:
+    """Write a checkpoint of random weights whose words are w2, w3, ..., for machines that are slow."""
+    import jax.numpy as jnp
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from spear_jax.checkpoint import save_checkpoint
+    from spear_jax.models.decoder import Decoder
+    from spear_jax.models.quantize import quantize_model
+    from spear_jax.quant import QuantSpec
+    from spear_jax.testing import random_weights, tiny_config
+
+    config = tiny_config(tie_embeddings=False, max_position=512)
+    vocab = {"<unk>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, config.vocab_size)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    model = quantize_model(Decoder.from_weights(config, random_weights(config), dtype=jnp.float32), QuantSpec())
+    save_checkpoint(folder / "checkpoint", model, tokenizer, name="tiny")
+    return folder / "checkpoint"
+
+
 class Bystanders:
     """Ordinary streams that go on meanwhile; each must say what it said when it was alone."""
 
@@ -140,7 +165,7 @@ class Bystanders:
             thread.start()
 
     def _ask(self, index: int) -> str:
-        body = {"model": "demo", "prompt": f"{index} and {index + 1} are", "max_tokens": 24, "temperature": 0}
+        body = {"model": "demo", "prompt": f"w{index + 2} and w{index + 7} are", "max_tokens": 24, "temperature": 0}
         status, data = self._target.post(TEXT, json.dumps(body | {"stream": True}).encode())
         events = [json.loads(line[6:]) for line in data.splitlines() if line.startswith(b"data: {")]
         return f"{status} " + "".join(event["choices"][0]["text"] for event in events if event.get("choices"))
@@ -409,7 +434,7 @@ def soak(target: Target, minutes: float) -> dict[str, Any]:
     def client(seed: int) -> None:
         rng = random.Random(seed)
         while time.monotonic() < end:
-            text = " ".join(rng.choices(["sea", "red", "one", "é", "日本"], k=rng.randint(1, 120)))
+            text = " ".join(rng.choices(["w7", "sea", "w23", "é", "日本"], k=rng.randint(1, 120)))
             body = HELLO | {
                 "messages": [{"role": "user", "content": text}],
                 "max_tokens": rng.randint(1, 60),
@@ -476,10 +501,14 @@ def main() -> int:
     parser.add_argument("what", nargs="?", choices=["attack", "soak"], default="attack")
     parser.add_argument("--minutes", type=float, default=30.0, help="how long to soak")
     parser.add_argument("--only", nargs="*", default=[], help=f"attacks: {', '.join(one.__name__ for one in ATTACKS)}")
+    parser.add_argument("--tiny", action="store_true", help="serve a tiny model of random weights, not the demo")
     parser.add_argument("--out", type=Path, help="file for the JSON")
     args = parser.parse_args()
-    target = Target()
     load = os.getloadavg()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        model = ("--model", str(write_tiny(Path(folder))), "--served-model-name", "demo") if args.tiny else ()
+        target = Target(*model)
     try:
         report = soak(target, args.minutes) if args.what == "soak" else attack(target, set(args.only))
         report["log"] = [line for line in target.log if "Traceback" in line or "Error" in line][-20:]
@@ -487,6 +516,7 @@ def main() -> int:
     finally:
         if target.process.poll() is None:
             target.process.kill()
+    report["model"] = "tiny" if args.tiny else "demo"
     report["load_of_machine"] = {"cores": os.cpu_count(), "before": load, "after": os.getloadavg()}
     out = args.out or ROOT / "serve" / "results" / ("soak.json" if args.what == "soak" else "hostile.json")
     out.write_text(json.dumps(report, indent=1) + "\n")

@@ -268,6 +268,7 @@ HELLO: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content
         (CHAT, HELLO | {"x-slo-ttft-ms": 0}, 400, "x-slo-ttft-ms", "invalid_value"),
         (CHAT, HELLO | {"slo_tpot_ms": "fast"}, 400, None, "invalid_type"),
         (CHAT, HELLO | {"priority": 0.5}, 400, "priority", "invalid_type"),
+        (CHAT, HELLO | {"priority": 10**400}, 400, "priority", None),
         (CHAT, HELLO | {"model": "gpt-9"}, 404, "model", "model_not_found"),
         (CHAT, b'{"model": "demo", "messages": [{"role": "user", "content": "\\ud800"}]}', 400, "messages", None),
         (TEXT, {"model": "demo", "prompt": []}, 400, "prompt", "invalid_value"),

@@ -6,6 +6,7 @@ import json
 import time
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ import tokenizers
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from pallas_kernels.int4_matmul import Compensator, Gate
+from pallas_kernels.int4_matmul import Compensator, Gate, int4_matmul
 from serve import startup
 from serve.bench import BenchConfig, bench
 from serve.config import SchedulerConfig, ServeConfig
 from serve.cpu import cpu_logits
 from serve.latency import load_profile
 from serve.profile import correction_scores, profile
-from serve.startup import Phases, Prepared, plan_cache, prepare, recovers, table_path
+from serve.startup import Phases, Prepared, kernels_used, plan_cache, prepare, recovers, table_path
 from spear_jax.checkpoint import load_checkpoint, save_checkpoint
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.quantize import quantize_model, quantize_tables
@@ -97,6 +98,16 @@ def test_a_start_shows_what_is_being_compiled_and_logs_each_phase(caplog: pytest
     assert "compiled decode 8" in screen.getvalue()
     assert "2/2" in screen.getvalue()
     assert [record.message.split(":")[0] for record in caplog.records] == ["compile"]
+
+
+def test_a_start_knows_which_kernels_it_uses() -> None:
+    def product(x: jax.Array) -> jax.Array:
+        return int4_matmul(x, jnp.ones((8, 16), jnp.int8), jnp.ones((8, 1)))
+
+    with kernels_used() as used, ThreadPoolExecutor(1) as pool:
+        pool.submit(jax.jit(product), jnp.ones((1, 32))).result()
+    jax.jit(product)(jnp.ones((2, 32)))
+    assert used == {"int4_matmul by xla"}
 
 
 def write_tiny(folder: Path) -> tuple[Decoder, PreTrainedTokenizerFast]:
