@@ -245,13 +245,13 @@ def test_the_device_decides_as_the_scheduler_of_the_simulator_does() -> None:
             )
             for _ in range(SLOTS)
         ]  # fmt: skip
-        start(runner, *requests)
         for one in requests:
             for scheduler in (host, books):
                 scheduler.submit(one)
         for scheduler in (host, books):
             scheduler.admit(0.0)
         holders, now, elapsed = books.holders, 0.0, 0.0
+        start(runner, *(holders[slot] for slot in range(SLOTS)))
         while host.running.decoding.any() or host.prefilling:
             step = host.next_step(now)
             expected = [(chunk.slot, chunk.length, chunk.level) for _, chunk in step.chunks]
@@ -265,7 +265,8 @@ def test_the_device_decides_as_the_scheduler_of_the_simulator_does() -> None:
                     found.append((slot, length, level))
                     books.chunk_seen(holders[slot], length, level, begin)
                     if tokens[slot] >= 0:
-                        host.token_seen(holders[slot], tokens[slot], now)
+                        for scheduler in (host, books):
+                            scheduler.token_seen(holders[slot], tokens[slot], now)
                     continue
                 ran = [slot for slot in range(SLOTS) if tokens[slot] >= 0]
                 for slot in ran:
