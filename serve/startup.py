@@ -393,7 +393,7 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console, group:
         num_slots=config.max_slots,
         buckets=config.prefill_buckets,
         stall_tokens=config.stall_tokens,
-        timing=timing,
+        timing=None if profile is None else timing_of(config.scheduler, profile),
         pages=PagePool(pages=runner.pages, table=runner.table_shape, prefix_caching=config.prefix_caching),
     )
     engine = Engine(
