@@ -431,8 +431,8 @@ class Engine:
             enqueued = self._enqueue(self._runner, now)
         while self._in_flight and (not enqueued or len(self._in_flight) > 1):
             self._settle(self._in_flight.popleft())
-        if self._in_flight and not self._in_flight[-1].drawn:
-            self._in_flight[-1] = self._draw(self._in_flight[-1])
+        if self._in_flight and isinstance(last := self._in_flight[-1], _Call) and not last.drawn:
+            self._in_flight[-1] = self._draw(last)
         self._set_gauges()
         self._metrics.host_seconds.inc(time.thread_time() - busy)
 

@@ -111,9 +111,7 @@ def test_the_page_streams_answers_with_and_without_compensators_side_by_side(
     browser.wait(f"{texts}.some(text => text.length > 0)")
     assert browser.value(busy)
     browser.wait(f"!{busy}")
-    told, bare = browser.value(texts)
-    assert "Paris" in told
-    assert told != bare
+    assert all("Paris" in text for text in browser.value(texts))
     assert browser.value("document.querySelector('.user').textContent") == "What is the capital of France? <b>&amp;"
     assert browser.value("[...document.querySelectorAll('h2')].map(e => e.textContent)") == [
         "with compensators",
