@@ -3,6 +3,7 @@
 from flax import nnx
 
 from serve.engine import Engine
+from serve.latency import LatencyTable
 from serve.request import Request
 from spear_jax.models.decoder import Decoder
 
@@ -44,6 +45,11 @@ class ComparedEngines:
         self.abort_all()
         full, bare = self._full.stop(timeout=timeout), self._bare.stop(timeout=timeout)
         return full and bare
+
+    @property
+    def table(self) -> LatencyTable | None:
+        """What steps take now, as the one with compensators knows it."""
+        return self._full.table
 
     @property
     def refuses(self) -> bool:

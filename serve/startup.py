@@ -388,7 +388,8 @@ def start_runner(config: ServeConfig, console: Console) -> tuple[Runner, Prepare
     return runner, prepared, timing
 
 
-def start_engine(config: ServeConfig, gateway: Gateway, console: Console, group: Group | None = None
+def start_engine(
+    config: ServeConfig, gateway: Gateway, console: Console, group: Group | None = None
 ) -> Engine | ComparedEngines:
     """Load, quantize and compile a model, start its engine, and open the gateway to requests.
 
