@@ -156,6 +156,10 @@ class ServeConfig:
     fewer where tokens would come too late. 1: the host starts each program. By default 16 on CPUs and TPUs, 1 on GPUs,
     where the loop was not measured yet."""
 
+    compare: bool = False
+    """Serve the model without its error compensators as well, to requests with `"compensators": false`, and side by
+    side on the chat page. Takes a second KV cache and more time to start."""
+
     scheduler: SchedulerConfig = SchedulerConfig()
     """Limits on time."""
 

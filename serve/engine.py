@@ -17,9 +17,9 @@ from serve.detokenize import Detokenizer, LogprobsHolder, StopMatcher
 from serve.latency import LatencyTable
 from serve.loop import Call, Ring
 from serve.metrics import Metrics
-from serve.request import FinishReason, Output, Request, SamplingParams, Slo, TokenLogprobs
+from serve.request import FinishReason, Grammar, Output, Request, SamplingParams, Slo, TokenLogprobs
 from serve.sampling import Logprobs
-from serve.slots import SlotScheduler
+from serve.slots import Chunk, SlotScheduler
 from spear_jax.models.decoder import Decoder
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ class StepRunner(Protocol):
     """The device as the engine sees it; results may still be being computed when a call returns."""
 
     slots: int
+    buckets: tuple[int, ...]
+    mask_words: int
 
     def prefill(
         self,
@@ -81,6 +83,14 @@ class StepRunner(Protocol):
         """Run the steps to come by another model."""
         ...
 
+    def redraw(self, wanted: np.ndarray, mask: np.ndarray) -> ArrayLike:
+        """Draw the last tokens of the wanted slots [S] anew, of those in a mask [S, W]; give those of all slots."""
+        ...
+
+    def prompt_logprobs(self, tokens: Sequence[int], *, bucket: int) -> Logprobs:
+        """Judge the tokens that follow those of the prompt's chunk that ran last."""
+        ...
+
     def recover(self, error: Exception) -> None:
         """Make the state of idle slots anew after `error` in a call; raise if the device cannot be used any more."""
         ...
@@ -90,6 +100,8 @@ class LoopedRunner(Protocol):
     """A device that chooses by itself what to do in up to `passes` chunks and decode steps of a call."""
 
     slots: int
+    buckets: tuple[int, ...]
+    mask_words: int
     passes: int
 
     def stage(self, request: Request, slot: int, *, slo: Slo, cached: int, answer: Sequence[int], since: float) -> None:
@@ -123,6 +135,14 @@ class LoopedRunner(Protocol):
         """Make the state of idle slots anew after `error` in a call; raise if the device cannot be used any more."""
         ...
 
+    def redraw(self, wanted: np.ndarray, mask: np.ndarray) -> ArrayLike:
+        """Draw the last tokens of the wanted slots [S] anew, of those in a mask [S, W]; give those of all slots."""
+        ...
+
+    def prompt_logprobs(self, tokens: Sequence[int], *, bucket: int) -> Logprobs:
+        """Judge the tokens that follow those of the prompt's chunk that ran last."""
+        ...
+
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class _Live:
@@ -138,6 +158,8 @@ class _Live:
     stops: StopMatcher
     logprobs: LogprobsHolder = dataclasses.field(default_factory=LogprobsHolder)
     best_effort: bool = False
+    prompt_logprobs: dict[int, TokenLogprobs] = dataclasses.field(default_factory=dict)  # by position, until told
+    grammar: Grammar | None = None
     characters: int = 0  # of all text that is certain, held back or not
     tokens: list[int] = dataclasses.field(default_factory=list)
     strikes: int = 0  # faults that it may have caused, as others may
@@ -151,17 +173,30 @@ class _Live:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class _Scored:
+    """What is known of tokens of a prompt, the first of which is at `start`."""
+
+    request: Request
+    start: int
+    tokens: Sequence[int]
+    logprobs: Logprobs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Call:
     """A device call whose tokens have not been looked at: one for each slot, or one alone; `rows` says whose they are.
 
-    `predicted` is what the iteration that it ends was to take, where the device went from the one before straight to
-    it; else 0. It was handed over at `begin`.
+    `drawn` is False while tokens of rows are to be drawn anew, of those that a grammar allows, which is known only once
+    the tokens before have been looked at. `predicted` is what the iteration that it ends was to take, where the device
+    went from the one before straight to it; else 0. It was handed over at `begin`.
     """
 
     token: ArrayLike
     rows: list[tuple[Request, int]]
     begin: float
     logprobs: Logprobs | None = None
+    scored: _Scored | None = None
+    drawn: bool = True
     ends: bool = True
     predicted: float = 0.0
 
@@ -170,13 +205,15 @@ class _Call:
 class _Loop:
     """A call of the loop on the device, of `passes` at most, that has not been looked at, and who has which slot in it.
 
+    Where grammars or prompts that are judged ask for it, what it did is known already, and nothing was told of it yet.
     `alone`: it may have had to wait for the host, so that its time says nothing.
     """
 
-    ring: ArrayLike
+    ring: ArrayLike | Ring
     passes: int
     holders: dict[int, Request]
     logprobs: Logprobs | None
+    scored: _Scored | None
     alone: bool
     begin: float
 
@@ -393,6 +430,8 @@ class Engine:
             enqueued = self._enqueue(cast(StepRunner, self._runner), now)
         while self._in_flight and (not enqueued or len(self._in_flight) > 1):
             self._settle(self._in_flight.popleft())
+        if self._in_flight and isinstance(last := self._in_flight[-1], _Call) and not last.drawn:
+            self._in_flight[-1] = self._draw(last)
         self._set_gauges()
         self._metrics.host_seconds.inc(time.thread_time() - busy)
 
@@ -460,10 +499,15 @@ class Engine:
             if chunk.level:
                 self._live[request].uncompensated += chunk.length
                 self._metrics.uncompensated.inc(chunk.length)
-            calls.append(self._call(token, [(request, chunk.slot)] if chunk.last else []))
+            rows = [(request, chunk.slot)] if chunk.last else []
+            # All before a first token is known.
+            scored = self._score(request, chunk)
+            calls.append(self._draw(_Call(token=token, rows=rows, begin=time.monotonic(), scored=scored, ends=False)))
         self._prompt_of = None
         if rows := [(request, slot) for request, slot in self._scheduler.decoding.items() if step.run[slot]]:
-            calls.append(self._call(runner.decode(step.run), rows))
+            call = _Call(token=runner.decode(step.run), rows=rows, begin=time.monotonic(), ends=False)
+            held = any(request.params.constrained for request, _ in rows)
+            calls.append(dataclasses.replace(call, drawn=False) if held else self._draw(call))
         if calls:
             self._metrics.iteration_tokens.observe(len(rows) + sum(chunk.length for _, chunk in step.chunks))
             predicted = step.predicted if self._in_flight else 0.0
@@ -472,13 +516,47 @@ class Engine:
         self._metrics.skipped.inc(step.skipped)
         return bool(calls)
 
-    def _call(self, token: ArrayLike, rows: list[tuple[Request, int]]) -> _Call:
-        """Note what was just handed to the device, and ask for the log-probabilities that somebody wants of it."""
+    def _judges(self, request: Request) -> bool:
+        """Say whether the tokens of a request's prompt are to be judged, and have not been told."""
+        live = self._live.get(request)
+        return live is not None and request.params.prompt_logprobs is not None and not live.first_token
+
+    def _score(self, request: Request, chunk: Chunk) -> _Scored | None:
+        """Ask for the log-probabilities of the tokens that follow those of a chunk, if its request wants them."""
+        if not self._judges(request):
+            return None
+        start = chunk.start + 1
+        tokens = request.prompt[start : start + chunk.length]
+        logprobs = self._runner.prompt_logprobs(tokens, bucket=chunk.bucket)
+        return _Scored(request=request, start=start, tokens=tokens, logprobs=logprobs)
+
+    def _draw(self, call: _Call) -> _Call:
+        """Hold tokens of a call to their grammars, then ask for the log-probabilities that somebody wants of them."""
+        redrawn, logprobs = self._redrawn(call.rows), None
         wanted = np.zeros(self._runner.slots, bool)
-        wanted[[slot for request, slot in rows if request.params.logprobs is not None]] = True
-        begin = time.monotonic()
-        logprobs = self._runner.logprobs(wanted) if wanted.any() else None
-        return _Call(token=token, rows=rows, begin=begin, logprobs=logprobs, ends=False)
+        wanted[[slot for request, slot in call.rows if request.params.logprobs is not None]] = True
+        if wanted.any():
+            logprobs = self._runner.logprobs(wanted)
+        token = call.token if redrawn is None else redrawn
+        return dataclasses.replace(call, token=token, logprobs=logprobs, drawn=True)
+
+    def _redrawn(self, rows: Sequence[tuple[Request, int]]) -> ArrayLike | None:
+        """Draw tokens anew of those who are held to grammars, all tokens before being known; gives those of all slots.
+
+        None if nobody is.
+        """
+        held = np.zeros(self._runner.slots, bool)
+        mask = None
+        for request, slot in rows:
+            if (live := self._live.get(request)) is not None and live.grammar is not None:
+                if mask is None:
+                    mask = np.full((self._runner.slots, self._runner.mask_words), 2**32 - 1, np.uint32)
+                try:
+                    live.grammar.fill(mask[slot])
+                    held[slot] = True
+                except ValueError as error:
+                    self._refuse(live, str(error))
+        return None if mask is None or not held.any() else self._runner.redraw(held, mask)
 
     def _enqueue_loop(self, runner: LoopedRunner, now: float) -> bool:
         """Start a call of the loop; says whether there was anything to do."""
@@ -497,7 +575,8 @@ class Engine:
         self._use_table()
         wanted = np.zeros(runner.slots, bool)
         wanted[[slot for slot, request in holders.items() if request.params.logprobs is not None]] = True
-        passes = 1 if wanted.any() else min(passes, self._passes(runner.passes))
+        careful = any(request.params.constrained or self._judges(request) for request in holders.values())
+        passes = 1 if careful or wanted.any() else min(passes, self._passes(runner.passes))
         call = Call.of(
             slots=runner.slots, drop=scheduler.left.copy(), passes=passes, waiting=bool(scheduler.waiting),
             ends=self._ends, elapsed=now - self._last_call, drift=1.0 if timing is None else timing.drift.factor,
@@ -505,13 +584,34 @@ class Engine:
         )  # fmt: skip
         self._last_call = now
         scheduler.left[:] = False
-        ring = runner.advance(call)
+        ring, scored = runner.advance(call), None
+        if careful:
+            ring, scored = self._look_at(ring, holders)
         logprobs = runner.logprobs(wanted) if wanted.any() else None
         alone = not self._in_flight
         self._in_flight.append(
-            _Loop(ring=ring, passes=passes, holders=holders, logprobs=logprobs, alone=alone, begin=now)
+            _Loop(ring=ring, passes=passes, holders=holders, logprobs=logprobs, scored=scored, alone=alone, begin=now)
         )
         return True
+
+    def _look_at(self, packed: ArrayLike, holders: dict[int, Request]) -> tuple[Ring, _Scored | None]:
+        """Judge the chunk of a call of one pass, and hold its tokens to grammars, once it is known what it did."""
+        while self._in_flight:
+            self._settle(self._in_flight.popleft())
+        ring, scored = Ring.of(packed), None
+        for (place, length, level, _), row in zip(ring.chunks, ring.tokens, strict=True):
+            request = holders.get(place) if length else None
+            if request in self._live:
+                start = self._scheduler.prefilling[request][1]
+                bucket = next(size for size in self._runner.buckets if size >= length)
+                chunk = Chunk(slot=place, start=start, length=length, bucket=bucket, last=False, level=level)
+                scored = self._score(request, chunk)
+            rows = [(request, slot) for slot, request in holders.items() if row[slot] >= 0]
+            if (redrawn := self._redrawn(rows)) is not None:
+                tokens = np.asarray(redrawn).tolist()
+                for _, slot in rows:
+                    row[slot] = tokens[slot]
+        return ring, scored
 
     def _stage(self, runner: LoopedRunner, request: Request, slot: int) -> None:
         live, scheduler = self._live[request], self._scheduler
@@ -545,7 +645,8 @@ class Engine:
 
     def _settle_loop(self, call: _Loop) -> None:
         """Count what a call did."""
-        ring = Ring.of(call.ring)
+        ring = call.ring if isinstance(call.ring, Ring) else Ring.of(call.ring)
+        self._note(call.scored)
         logprobs: Logprobs | None = call.logprobs and jax.device_get(call.logprobs)
         now, passes = self._settle_time(call.begin), len(ring.tokens)
         self._ends = ring.ends
@@ -577,9 +678,19 @@ class Engine:
                         scheduler.step_seen(slot)
                     self._give(live, token, slot, logprobs, now)
 
+    def _note(self, scored: _Scored | None) -> None:
+        """Keep what is known of tokens of a prompt until its first token comes."""
+        if scored is not None and (live := self._live.get(scored.request)) is not None:
+            told, count = jax.device_get(scored.logprobs), scored.request.params.prompt_logprobs or 0
+            live.prompt_logprobs |= {
+                scored.start + i: told.of(i, token=token, count=count, offset=0)
+                for i, token in enumerate(scored.tokens)
+            }
+
     def _settle_step(self, call: _Call) -> None:
         tokens = np.asarray(call.token)
         logprobs: Logprobs | None = call.logprobs and jax.device_get(call.logprobs)
+        self._note(call.scored)
         now = self._settle_time(call.begin)
         if call.ends:
             if call.predicted and self._scheduler.timing is not None:
@@ -617,11 +728,12 @@ class Engine:
 
     def _advance(self, live: _Live, token: int, entry: TokenLogprobs | None, now: float) -> None:
         request, metrics = live.client, self._metrics
-        live.generated += 1
-        live.tokens.append(token)
-        metrics.generation_tokens.inc()
+        wanted = int(request.params.max_tokens > 0)
+        live.generated += wanted
+        live.tokens += [token] * wanted
+        metrics.generation_tokens.inc(wanted)
         self._scheduler.token_seen(live.request, token, now)
-        if live.generated == 1:
+        if not live.first_token:
             live.first_token = now
             metrics.ttft.observe(now - request.arrival)
             metrics.prefill_time.observe(now - live.admitted)
@@ -631,15 +743,24 @@ class Engine:
         live.last_token = now
         reason: FinishReason | None = None
         text, stopped = "", False
-        if token in request.params.stop_token_ids:
+        if not wanted:
+            reason = "length"
+        elif token in request.params.stop_token_ids:
             reason = "stop"
+            if entry is not None and request.params.prompt_logprobs is not None:
+                live.logprobs.push(entry)  # who reads prompt and answer as one row counts on an entry for each token
         else:
             if entry is not None:
                 live.logprobs.push(entry)
             fresh = live.detokenizer.push(token)
             live.characters += len(fresh)
             text, stopped = live.stops.push(fresh)
-            if stopped:
+            try:
+                complete = live.grammar is not None and live.grammar.push(token)
+            except ValueError as error:
+                self._refuse(live, str(error))
+                return
+            if stopped or complete:
                 reason = "stop"
             elif live.generated == request.params.max_tokens:
                 reason = "length"
@@ -648,13 +769,22 @@ class Engine:
             self._finish(live, reason)
         output = Output(
             text=text,
-            tokens=1,
+            tokens=wanted,
             finish_reason=reason,
             uncompensated=0 if reason is None else live.uncompensated,
             cached=0 if reason is None else live.cached,
             logprobs=live.logprobs.take(text, rest=reason is not None and not stopped),
+            prompt_logprobs=tuple(entry for _, entry in sorted(live.prompt_logprobs.items())),
         )
+        live.prompt_logprobs.clear()
         self._outputs.append((request, output))
+
+    def _refuse(self, live: _Live, message: str) -> None:
+        """End an answer with an error that its request is to blame for."""
+        self._scheduler.remove(live.request)
+        self._drop(live)
+        self._metrics.finished("error")
+        self._deliver([(live.client, Output(finish_reason="error", error=message, client_error=True))])
 
     def _finish(self, live: _Live, reason: FinishReason) -> None:
         request, metrics = live.client, self._metrics
@@ -696,6 +826,7 @@ class Engine:
             detokenizer=Detokenizer(self._decode, prompt=request.prompt),
             stops=StopMatcher(request.params.stop),
             best_effort=wait > 0,
+            grammar=request.grammar and request.grammar.copy(),
         )
         self._scheduler.submit(request, best_effort=wait > 0)
         if self.refuses and request.slo.declared:

@@ -12,14 +12,17 @@ import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
+from serve.compare import ComparedEngines
 from serve.detokenize import token_bytes
 from serve.engine import Engine
+from serve.grammar import Grammars
 from serve.logs import current_record
 from serve.metrics import Metrics
 from serve.request import (
     Admission,
     BadParameterError,
     EngineDeadError,
+    Grammar,
     Output,
     QueueFullError,
     Request,
@@ -27,7 +30,8 @@ from serve.request import (
     Slo,
     UnattainableError,
 )
-from serve.schema import ChatBody, CommonBody, CompletionBody
+from serve.schema import ChatBody, CommonBody, CompletionBody, Message
+from serve.tools import Tool, ToolFormat
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +58,10 @@ class ContextLengthError(BadParameterError):
             param=param,
             code="context_length_exceeded",
         )
+
+
+class UnknownModelError(Exception):
+    """A request names a model that is not served here."""
 
 
 class Ticket:
@@ -138,18 +146,28 @@ class Gateway:
         self.draining = False
         self.model: ModelInfo | None = None
         self.token_bytes = functools.cache(self._token_bytes)
-        self.engine: Engine | None = None
+        self.engine: Engine | ComparedEngines | None = None
         self.metrics: Metrics | None = None
         self._queues: dict[Request, asyncio.Queue[tuple[Request, Output]]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stuck_seconds = 0.0
         self._slo = Slo()
+        self._grammars: Grammars | None = None
+        self.tool_format = ToolFormat.of_template("")
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Say which event loop outputs go to."""
         self._loop = loop
 
-    def ready(self, engine: Engine, model: ModelInfo, metrics: Metrics, *, stuck_seconds: float, slo: Slo) -> None:
+    def ready(
+        self,
+        engine: Engine | ComparedEngines,
+        model: ModelInfo,
+        metrics: Metrics,
+        *,
+        stuck_seconds: float,
+        slo: Slo,
+    ) -> None:
         """Begin to serve with a started engine; `slo` is for requests that ask for none.
 
         Called from the thread that started it.
@@ -158,7 +176,14 @@ class Gateway:
         self._slo = slo
         self.metrics = metrics
         self.model = model
+        self._grammars = Grammars(model.tokenizer.backend_tokenizer, vocab_size=model.vocab_size, eos_ids=model.eos_ids)
+        self.tool_format = ToolFormat.of_template(str(getattr(model.tokenizer, "chat_template", None) or ""))
         self.engine = engine
+
+    @property
+    def compares(self) -> bool:
+        """Whether the model can be asked without its compensators."""
+        return isinstance(self.engine, ComparedEngines)
 
     def problem(self) -> str | None:
         """Say why requests cannot be served now, or None."""
@@ -239,6 +264,27 @@ class Gateway:
             if self.engine is not None:
                 self.engine.abort(request)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the model.
+
+        Raises:
+            EngineDeadError: There is none yet.
+        """
+        if self.model is None:
+            raise EngineDeadError("the server cannot answer: starting")
+        return self.model.names
+
+    def check_model(self, name: str) -> None:
+        """Refuse a name that is not the model's.
+
+        Raises:
+            UnknownModelError: It is another.
+            EngineDeadError: There is no model yet.
+        """
+        if name not in self.names:
+            raise UnknownModelError(f"the model {name!r} does not exist here; this server has {', '.join(self.names)}")
+
     def admit(self, answers: int) -> Ticket:
         """Reserve places for a call before any work is done for it.
 
@@ -263,17 +309,45 @@ class Gateway:
         Raises:
             BadParameterError: The model has no template, or the template refuses the conversation.
         """
+        return [self._fits(tuple(self.chat_tokens(body.messages, tools=body.shown_tools)), "messages")]
+
+    def chat_tokens(
+        self, messages: Sequence[Message], *, tools: Sequence[Tool] = (), add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Lay out messages as `chat_prompt` does, however long they are."""
         tokenizer = self._model.tokenizer
         if not getattr(tokenizer, "chat_template", None):
             raise BadParameterError("this model has no chat template; use /v1/completions", param="messages")
+        laid_out = self.tool_format.lay_out([message.plain() for message in messages], tools)
         try:
             text = tokenizer.apply_chat_template(
-                [message.plain() for message in body.messages], tokenize=False, add_generation_prompt=True
+                laid_out,
+                tools=[tool.as_json() for tool in tools] or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
         except Exception as error:
             reason = " ".join(str(error).split())
             raise BadParameterError(f"the chat template refuses these messages: {reason}", param="messages") from None
-        return [self._fits(tuple(tokenizer.encode(text, add_special_tokens=False)), "messages")]
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def tokens_of(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Give the token ids of a text."""
+        return self._model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """Give the text of token ids, special tokens by their names.
+
+        Raises:
+            BadParameterError: An id lies outside the vocabulary.
+        """
+        self._check_ids(tokens, "tokens")
+        return self._model.tokenizer.backend_tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+    @property
+    def context(self) -> int:
+        """The tokens that prompt and answer may have together."""
+        return self._model.context
 
     def completion_prompts(self, body: CompletionBody) -> list[tuple[int, ...]]:
         """Turn the prompts of a text completion into token ids.
@@ -288,12 +362,14 @@ class Gateway:
         ids = tuple(model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
         if not ids and model.bos_id is not None:
             ids = (model.bos_id,)
-        outside = next((token for token in ids if token >= model.vocab_size), None)
-        if outside is not None:
-            raise BadParameterError(
-                f"prompt holds token id {outside}; the vocabulary has {model.vocab_size} entries", param="prompt"
-            )
+        self._check_ids(ids, "prompt")
         return ids
+
+    def _check_ids(self, ids: Sequence[int], param: str) -> None:
+        size = self._model.vocab_size
+        outside = next((token for token in ids if token >= size), None)
+        if outside is not None:
+            raise BadParameterError(f"{param} holds token id {outside}; the vocabulary has {size} entries", param=param)
 
     def _fits(self, ids: tuple[int, ...], param: str) -> tuple[int, ...]:
         if not ids:
@@ -305,8 +381,26 @@ class Gateway:
     def _token_bytes(self, token: int) -> bytes:
         return token_bytes(self._model.tokenizer.backend_tokenizer, token)
 
+    async def grammar(self, body: CommonBody) -> Grammar | None:
+        """Compile the grammar that a body's answers are held to, if there is one.
+
+        Raises:
+            BadParameterError: It is none that can be used.
+            QueueFullError: Too many are being compiled.
+        """
+        asked = await asyncio.to_thread(body.grammar, self.tool_format)
+        if asked is None:
+            return None
+        assert self._grammars is not None, "a request was admitted before the model was ready"
+        return await self._grammars.compile(asked[1], param=asked[0])
+
     def requests(
-        self, ticket: Ticket, body: CommonBody, prompts: Sequence[tuple[int, ...]], headers: Mapping[str, str]
+        self,
+        ticket: Ticket,
+        body: CommonBody,
+        prompts: Sequence[tuple[int, ...]],
+        headers: Mapping[str, str],
+        grammar: Grammar | None = None,
     ) -> list[Request]:
         """Make the engine's requests: `n` for each prompt, in the order of the choices.
 
@@ -316,6 +410,8 @@ class Gateway:
         model, slo = self._model, body.limits(headers, default=self._slo)
         if self.metrics is not None:
             self.metrics.request_n.observe(body.answers)
+        if not body.compensators and not self.compares:
+            raise BadParameterError("compensators: this server was not started with --compare", param="compensators")
         ticket.prompt_tokens = sum(map(len, prompts))
         made = []
         for prompt, answer in itertools.product(prompts, range(body.answers)):
@@ -325,6 +421,7 @@ class Gateway:
                 fallback_seed=secrets.randbits(63),
                 vocab_size=model.vocab_size,
             )
+            params = dataclasses.replace(params, constrained=grammar is not None)
             if answer:
                 params = dataclasses.replace(params, seed=(params.seed + answer + 2**63) % 2**64 - 2**63)
             made.append(
@@ -334,7 +431,9 @@ class Gateway:
                     params=params,
                     slo=slo,
                     priority=body.priority,
-                    droppable=body.allow_uncompensated,
+                    droppable=body.allow_uncompensated and params.prompt_logprobs is None,
+                    grammar=grammar,
+                    bare=not body.compensators,
                 )
             )
         return made

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,9 +12,10 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from serve.chat_page import add_chat_page
 from serve.errors import error_body as _error_body
 from serve.errors import error_response as _error
-from serve.gateway import Gateway, Ticket
+from serve.gateway import Gateway, Ticket, UnknownModelError
 from serve.metrics import CONTENT_TYPE
 from serve.request import (
     BadParameterError,
@@ -22,16 +23,15 @@ from serve.request import (
     Output,
     QueueFullError,
     ShuttingDownError,
-    TokenLogprobs,
     UnattainableError,
+    joined,
 )
 from serve.schema import ChatBody, CommonBody, CompletionBody
+from serve.shapes import ChatShape, Shape, TextShape
+from serve.texts import add_text_endpoints
 
 _RETRY_SECONDS = 1
 _CLIENT_GONE = 499
-
-type Prompts = list[tuple[int, ...]]
-type Logprobs = Sequence[TokenLogprobs]
 
 
 class EngineError(RuntimeError):
@@ -39,7 +39,7 @@ class EngineError(RuntimeError):
 
     def __init__(self, output: Output):
         super().__init__(output.error or "the engine failed")
-        self.status = 503 if output.finish_reason == "abort" else 500
+        self.status = 400 if output.client_error else 503 if output.finish_reason == "abort" else 500
 
 
 def create_app(gateway: Gateway) -> FastAPI:
@@ -56,22 +56,25 @@ def create_app(gateway: Gateway) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
-        return await _answer(gateway, request, body, _Chat(body, gateway), 1, lambda: gateway.chat_prompt(body))
+        return await _answer(gateway, request, body, ChatShape(body, gateway), 1, lambda: gateway.chat_prompt(body))
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         prompts = len(body.prompts())
-        shape = _Text(body, gateway)
+        shape = TextShape(body, gateway)
         return await _answer(gateway, request, body, shape, prompts, lambda: gateway.completion_prompts(body))
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [_model_card(gateway, name) for name in _names(gateway)]})
+        return JSONResponse({"object": "list", "data": [_model_card(gateway, name) for name in gateway.names]})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        _check_model(gateway, name)
+        gateway.check_model(name)
         return JSONResponse(_model_card(gateway, name))
+
+    add_text_endpoints(app, gateway)
+    add_chat_page(app)
 
     @app.get("/health")
     @app.get("/ready")
@@ -94,18 +97,20 @@ async def _answer(
     gateway: Gateway,
     request: Request,
     body: CommonBody,
-    shape: "_Shape",
+    shape: Shape,
     prompts: int,
-    tokenize: Callable[[], Prompts],
+    tokenize: Callable[[], list[tuple[int, ...]]],
 ) -> Response:
     """Check, admit, tokenize (off the event loop), and answer as a stream or in one piece."""
-    _check_model(gateway, body.model)
+    gateway.check_model(body.model)
     body.check()
     ticket = gateway.admit(prompts * body.answers)
     ticket.record["model"] = body.model
     try:
         ids = await asyncio.to_thread(tokenize)
-        ticket.submit(gateway.requests(ticket, body, ids, request.headers))
+        shape.prompts = ids
+        grammar = await gateway.grammar(body)
+        ticket.submit(gateway.requests(ticket, body, ids, request.headers, grammar))
         await ticket.taken()
         if body.stream:
             return _EventStream(ticket, _events(ticket, shape, include_usage=body.include_usage))
@@ -134,20 +139,16 @@ async def _unless_disconnected(request: Request, answer: Awaitable[Response]) ->
         watch.cancel()
 
 
-async def _collect(ticket: Ticket, shape: "_Shape") -> Response:
-    texts, reasons = [""] * len(ticket.requests), ["stop"] * len(ticket.requests)
-    logprobs: list[list[TokenLogprobs]] = [[] for _ in ticket.requests]
-    tokens = uncompensated = cached = 0
+async def _collect(ticket: Ticket, shape: Shape) -> Response:
+    answers: list[list[Output]] = [[] for _ in ticket.requests]
     async for index, output in ticket.outputs():
         if output.error is not None:
             raise EngineError(output)
-        texts[index] += output.text
-        logprobs[index].extend(output.logprobs)
-        tokens += output.tokens
-        uncompensated += output.uncompensated
-        cached += output.cached if ticket.opens_prompt(index) else 0
-        reasons[index] = output.finish_reason or reasons[index]
-    choices = [shape.whole(i, *parts) for i, parts in enumerate(zip(texts, reasons, logprobs, strict=True))]
+        answers[index].append(output)
+    whole = [joined(pieces) for pieces in answers]
+    tokens, uncompensated = (sum(getattr(answer, name) for answer in whole) for name in ("tokens", "uncompensated"))
+    cached = sum(answer.cached for index, answer in enumerate(whole) if ticket.opens_prompt(index))
+    choices = [shape.whole(index, answer) for index, answer in enumerate(whole)]
     head = {
         "id": shape.prefix + ticket.id,
         "object": shape.whole_object,
@@ -157,7 +158,7 @@ async def _collect(ticket: Ticket, shape: "_Shape") -> Response:
     return JSONResponse(head | {"choices": choices, "usage": _usage(ticket, tokens, uncompensated, cached)})
 
 
-async def _events(ticket: Ticket, shape: "_Shape", *, include_usage: bool) -> AsyncIterator[bytes]:
+async def _events(ticket: Ticket, shape: Shape, *, include_usage: bool) -> AsyncIterator[bytes]:
     """Give the server-sent events of a streamed answer."""
     head = {
         "id": shape.prefix + ticket.id,
@@ -172,22 +173,22 @@ async def _events(ticket: Ticket, shape: "_Shape", *, include_usage: bool) -> As
             yield _event(head | {"choices": [opening]} | tail)
     async for index, output in ticket.outputs():
         if output.error is not None:
-            yield error_event(output.error, code="engine_error")
+            kind = "invalid_request_error" if output.client_error else "server_error"
+            yield error_event(output.error, code="engine_error", kind=kind)
             return
         tokens += output.tokens
         uncompensated += output.uncompensated
         cached += output.cached if ticket.opens_prompt(index) else 0
-        pieces = shape.pieces(index, output.text, output.finish_reason, output.logprobs)
-        if pieces:
+        if pieces := shape.pieces(index, output):
             yield b"".join(_event(head | {"choices": [piece]} | tail) for piece in pieces)
     if include_usage:
         yield _event(head | {"choices": [], "usage": _usage(ticket, tokens, uncompensated, cached)})
     yield b"data: [DONE]\n\n"
 
 
-def error_event(message: str, *, code: str) -> bytes:
-    """Give the event that ends a stream because of the server."""
-    return _event(_error_body(message, kind="server_error", code=code))
+def error_event(message: str, *, code: str, kind: str = "server_error") -> bytes:
+    """Give the event that ends a stream because of the server, or of what was asked."""
+    return _event(_error_body(message, kind=kind, code=code))
 
 
 def _event(body: dict[str, Any]) -> bytes:
@@ -237,103 +238,6 @@ class _EventStream(Response):
                 task.cancel()
 
 
-class _Shape:
-    """How one endpoint lays out its answers; log-probabilities are None in what was not asked for them."""
-
-    prefix: str
-    whole_object: str
-    piece_object: str
-
-    def __init__(self, body: CommonBody, gateway: Gateway):
-        self.model = body.model
-        self._asked = body.requested_logprobs() is not None
-        self._token_bytes = gateway.token_bytes
-
-    def _name(self, token: int) -> str:
-        """Give the text of a token; a part of a character is told by its bytes, as OpenAI does."""
-        data = self._token_bytes(token)
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-    def whole(self, index: int, text: str, reason: str, logprobs: Logprobs) -> dict[str, Any]:
-        """Give the choice of an answer in one piece."""
-        raise NotImplementedError
-
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """Give the choice that opens a stream, if there is one."""
-        raise NotImplementedError
-
-    def pieces(self, index: int, text: str, reason: str | None, logprobs: Logprobs) -> Sequence[dict[str, Any]]:
-        """Give the choices that carry new text and the end of an answer."""
-        raise NotImplementedError
-
-
-class _Chat(_Shape):
-    prefix, whole_object, piece_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
-
-    def whole(self, index: int, text: str, reason: str, logprobs: Logprobs) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": self._told(logprobs), "finish_reason": reason}
-
-    def opening(self, index: int) -> dict[str, Any] | None:
-        return _delta(index, {"role": "assistant", "content": ""}, None)
-
-    def pieces(self, index: int, text: str, reason: str | None, logprobs: Logprobs) -> Sequence[dict[str, Any]]:
-        told = self._told(logprobs)
-        pieces = [_delta(index, {"content": text}, None) | {"logprobs": told}] if text or logprobs else []
-        return pieces if reason is None else [*pieces, _delta(index, {}, reason)]
-
-    def _told(self, logprobs: Logprobs) -> dict[str, Any] | None:
-        def told(token: int, logprob: float) -> dict[str, Any]:
-            return {"token": self._name(token), "logprob": logprob, "bytes": [*self._token_bytes(token)]}
-
-        if not self._asked:
-            return None
-        content = [told(e.token, e.logprob) | {"top_logprobs": [told(*pair) for pair in e.top]} for e in logprobs]
-        return {"content": content, "refusal": None}
-
-
-def _delta(index: int, delta: dict[str, str], reason: str | None) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
-
-
-class _Text(_Shape):
-    prefix, whole_object, piece_object = "cmpl-", "text_completion", "text_completion"
-
-    def whole(self, index: int, text: str, reason: str | None, logprobs: Logprobs) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": self._told(logprobs), "finish_reason": reason}
-
-    def opening(self, index: int) -> dict[str, Any] | None:
-        return None
-
-    def pieces(self, index: int, text: str, reason: str | None, logprobs: Logprobs) -> Sequence[dict[str, Any]]:
-        return [self.whole(index, text, reason, logprobs)] if text or reason or logprobs else []
-
-    def _told(self, logprobs: Logprobs) -> dict[str, Any] | None:
-        """Lay them out side by side; the token itself is among the likeliest, whether it is one or not."""
-        if not self._asked:
-            return None
-        likeliest: list[dict[str, float]] = []
-        for e in logprobs:
-            likeliest.append({})
-            for token, logprob in (*e.top, (e.token, e.logprob)):
-                likeliest[-1].setdefault(self._name(token), logprob)
-        return {
-            "tokens": [self._name(e.token) for e in logprobs],
-            "token_logprobs": [e.logprob for e in logprobs],
-            "top_logprobs": likeliest,
-            "text_offset": [e.offset for e in logprobs],
-        }
-
-
-def _names(gateway: Gateway) -> tuple[str, ...]:
-    if gateway.model is None:
-        raise EngineDeadError("the server cannot answer: starting")
-    return gateway.model.names
-
-
 def _model_card(gateway: Gateway, name: str) -> dict[str, Any]:
     assert gateway.model is not None
     return {
@@ -342,18 +246,8 @@ def _model_card(gateway: Gateway, name: str) -> dict[str, Any]:
         "created": gateway.model.created,
         "owned_by": "spear-jax",
         "max_model_len": gateway.model.context,
+        "compares": gateway.compares,
     }
-
-
-class _UnknownModelError(Exception):
-    pass
-
-
-def _check_model(gateway: Gateway, name: str) -> None:
-    if name not in _names(gateway):
-        raise _UnknownModelError(
-            f"the model {name!r} does not exist here; this server has {', '.join(_names(gateway))}"
-        )
 
 
 def _handle_errors(app: FastAPI) -> None:
@@ -381,8 +275,8 @@ def _handle_errors(app: FastAPI) -> None:
     async def bad_parameter(_: Request, error: BadParameterError) -> Response:
         return _error(400, str(error), param=error.param, code=error.code)
 
-    @app.exception_handler(_UnknownModelError)
-    async def unknown_model(_: Request, error: _UnknownModelError) -> Response:
+    @app.exception_handler(UnknownModelError)
+    async def unknown_model(_: Request, error: UnknownModelError) -> Response:
         return _error(404, str(error), param="model", code="model_not_found")
 
     @app.exception_handler(QueueFullError)

@@ -177,7 +177,8 @@ class Newcomer:
         prompt, params = [*request.prompt, *answer], request.params
         padded, stop = np.zeros(length, np.int32), np.full(MAX_STOPS, _NEVER, np.int32)
         padded[: len(prompt)] = prompt
-        ids = sorted(params.stop_token_ids)[:MAX_STOPS]
+        # What is drawn here of a constrained answer is drawn again, and may not be its end.
+        ids = [] if params.constrained else sorted(params.stop_token_ids)[:MAX_STOPS]
         stop[: len(ids)] = ids
         return cls(
             numbers=np.array([slot, len(prompt), cached, len(answer), params.max_tokens - len(answer)], np.int32),

@@ -5,7 +5,9 @@ import math
 import threading
 import time
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Protocol
+
+import numpy as np
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -54,7 +56,9 @@ class SamplingParams:
     multiplied), those of tokens in the answer by `frequency_penalty` for each time and `presence_penalty` once, and
     `logit_bias` is added. Then the filters apply in the order temperature, `min_p`, `top_k`, `top_p`; `temperature` 0
     is greedy and ignores them, `top_k` 0 keeps all. The same `seed` and prompt give the same tokens whatever else is
-    being served. With `logprobs` each token comes with its log-probability and those of so many of the likeliest.
+    being served. With `logprobs` each token comes with its log-probability and those of so many of the likeliest, with
+    `prompt_logprobs` those of the prompt as well. `max_tokens` 0 generates nothing, which is of use with the latter.
+    `constrained` answers are held to a grammar.
 
     Raises:
         BadParameterError: A value lies outside its range; names the OpenAI field.
@@ -73,6 +77,8 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    constrained: bool = False
 
     def __post_init__(self) -> None:
         check_range("temperature", self.temperature, low=0.0, high=2.0)
@@ -88,16 +94,17 @@ class SamplingParams:
             raise BadParameterError(
                 f"logit_bias holds {len(self.logit_bias)} tokens, at most {MAX_BIASES} are taken", param="logit_bias"
             )
-        check_range("max_tokens", self.max_tokens, low=1, high=2**31 - 1)
+        check_range("max_tokens", self.max_tokens, low=0, high=2**31 - 1)
         check_range("seed", self.seed, low=-(2**63), high=2**63 - 1)
-        check_range("logprobs", self.logprobs or 0, low=0, high=MAX_LOGPROBS)
+        for count in (self.logprobs, self.prompt_logprobs):
+            check_range("logprobs", count or 0, low=0, high=MAX_LOGPROBS)
         if not all(self.stop):
             raise BadParameterError("stop must not hold an empty string", param="stop")
 
     @property
     def plain(self) -> bool:
         """Whether each token is the likeliest by the model's own logits."""
-        return self.temperature == 0 and not self.penalized and not self.logit_bias
+        return self.temperature == 0 and not (self.penalized or self.logit_bias or self.constrained)
 
     @property
     def penalized(self) -> bool:
@@ -135,9 +142,10 @@ class Output:
 
     `tokens` counts generated tokens including a stop token that has no text; on the last piece `uncompensated` counts
     prompt tokens that went without some of the error compensators, and `cached` those that were in the KV cache before.
-    `error` is set when `finish_reason` is `error` or `abort`; `retry_after`, in seconds, when that is because the
-    request's limits cannot be kept now. `logprobs`, if asked for, are of the tokens whose text begins in this piece; on
-    the last piece also of those that have no text.
+    `error` is set when `finish_reason` is `error` or `abort`, `client_error` as well if the request is to blame;
+    `retry_after`, in seconds, when that is because the request's limits cannot be kept now. `logprobs`, if asked for,
+    are of the tokens whose text begins in this piece; on the last piece also of those that have no text.
+    `prompt_logprobs`, if asked for, are on the first piece: of tokens of the prompt but the first, their `offset` 0.
     """
 
     text: str = ""
@@ -145,9 +153,23 @@ class Output:
     uncompensated: int = 0
     cached: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
+    client_error: bool = False
     retry_after: float | None = None
+
+
+def joined(pieces: Sequence[Output]) -> Output:
+    """Give the pieces of an answer as one."""
+    last = pieces[-1]
+    return dataclasses.replace(
+        last,
+        text="".join(piece.text for piece in pieces),
+        tokens=sum(piece.tokens for piece in pieces),
+        logprobs=tuple(entry for piece in pieces for entry in piece.logprobs),
+        prompt_logprobs=tuple(entry for piece in pieces for entry in piece.prompt_logprobs),
+    )
 
 
 UNBOUNDED = 1e9
@@ -181,12 +203,29 @@ class Slo:
         return ttft <= self.ttft and worst_gap <= self.itl and tpot <= self.tpot
 
 
+class Grammar(Protocol):
+    """Where an answer stands in what it is held to; the tokens that are allowed are the bits of an array of uint32."""
+
+    def copy(self) -> "Grammar":
+        """Give another at the same place."""
+        ...
+
+    def fill(self, mask: np.ndarray) -> None:
+        """Write which tokens may come next; raises ValueError if it cannot tell."""
+        ...
+
+    def push(self, token: int) -> bool:
+        """Add the next token, and say whether nothing can follow; raises ValueError if it is not allowed."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
     """One prompt on its way through the engine; compared by identity. `arrival` is `time.monotonic()` in seconds.
 
     Of two waiting requests the one of lower `priority` goes first. `droppable` allows prompt tokens without error
-    compensators where the time between the tokens of others would be missed otherwise.
+    compensators where the time between the tokens of others would be missed otherwise. An answer is held to a `grammar`
+    from where that stands. `bare` ones are of the model without compensators, where it is served as well.
     """
 
     id: str
@@ -195,6 +234,8 @@ class Request:
     slo: Slo = Slo()
     priority: int = 0
     droppable: bool = True
+    grammar: Grammar | None = None
+    bare: bool = False
     arrival: float = dataclasses.field(default_factory=time.monotonic)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import Partial
-from jaxtyping import Array, Bool, Int, Int32
+from jaxtyping import Array, Bool, Int, Int32, UInt32
 
 from pallas_kernels.peer_reduce import PeerLostError, empty_inbox
 from serve.cache import (
@@ -39,6 +39,9 @@ _CHECK_SECONDS = 1.0
 
 _GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 
+_SCORED_ROWS = 64
+"""Tokens of a prompt that are judged at a time: their logits take 33 MB for a vocabulary of 128k."""
+
 type Logits = Callable[[Decoder, Array], Array]
 
 
@@ -48,14 +51,16 @@ class DeviceState:
     """What a step reads and replaces, donated each time.
 
     `token` [S] is the last token of each slot, not yet in the cache; `hidden` [S, D] is what the last step chose it
-    from; `length` [S] counts those in the cache; `history` [S, V] is what penalties go by. `table` [S, M] has the pages
-    of each slot. `slots` is there where `serve.loop` chooses what is done.
+    from; `chunk` [P, D] holds the same for each token of the last piece of a prompt, P being the largest; `length` [S]
+    counts those in the cache; `history` [S, V] is what penalties go by. `table` [S, M] has the pages of each slot.
+    `slots` is there where `serve.loop` chooses what is done.
     """
 
     cache: Cache | tuple[Cache, ...] | PeerCache
     table: Any
     token: Any
     hidden: Any
+    chunk: Any
     length: Any
     sampling: SamplingState
     history: Any
@@ -69,7 +74,8 @@ class Runner:
     call would cost more Python than the rest of a step. A lone request decodes in a program of its own that reads one
     slot; otherwise all S slots run, so what a request gets does not depend on which others are there.
 
-    What log-probabilities need, a second look at the head, is a program of its own: who does not ask pays nothing.
+    What log-probabilities need, of answers or of prompts, is a second look at the head by a program of its own: who
+    does not ask pays nothing. So is what holds answers to a grammar: it draws again from what a step left.
 
     With `greedy_program` steps in which all are greedy run in a program that has no branch for it: on a GPU launches
     follow one another without the host waiting for the device's choice. `steps_per_call` steps of decoding run in one
@@ -125,6 +131,9 @@ class Runner:
         self._decode_one = compiled(decode_lone) if lone_program and slots > 1 else None
         self._logprobs_all = compiled(all_logprobs)
         self._logprobs_one = compiled(_one_logprobs) if lone_program and slots > 1 else None
+        self._prompt_logprobs = compiled(prompt_logprobs)
+        self._redraw = compiled(redraw)
+        self.mask_words = -(-model.config.vocab_size // 32)
         self._special = np.zeros(slots, bool)
         self._active = np.ones(slots, bool), self._everywhere(np.ones(slots, bool))
         self._tree, self._kept = tree, kept[1:]
@@ -274,6 +283,22 @@ class Runner:
         if time.monotonic() - self._checked > _CHECK_SECONDS:
             self.check()
 
+    def prompt_logprobs(self, tokens: Sequence[int], *, bucket: int) -> Logprobs:
+        """Judge what follows each token of the piece of a prompt that ran last; entries past `tokens` mean nothing."""
+        padded = np.zeros(bucket, np.int32)
+        padded[: len(tokens)] = tokens
+        found, self._state = self._prompt_logprobs(self._leaves, self._state, padded)
+        return found
+
+    def redraw(self, wanted: Bool[np.ndarray, " S"], mask: UInt32[np.ndarray, "S W"]) -> Int[Array, " S"]:
+        """Draw the last tokens of the wanted slots anew, each among those whose bits are set; gives those of all slots.
+
+        Bit i % 32 of word i // 32 is token i's, in `mask_words` words. The tokens must have come from programs that
+        count them: ask for them with `SamplingParams.constrained`.
+        """
+        token, self._state = self._redraw(self._leaves, self._state, wanted, mask)
+        return token
+
     def check(self) -> None:
         """Wait for the steps that run, and raise where a device was lost.
 
@@ -310,7 +335,13 @@ class Runner:
         programs: list[tuple[str, Any, list[Array], tuple[Any, ...]]] = []
         if self._logprobs_one is not None:
             programs.append(("logprobs 1", self._logprobs_one, self._leaves, (np.int32(0),)))
-        return [*programs, (f"logprobs {self.slots}", self._logprobs_all, self._leaves, ())]
+        programs.append((f"logprobs {self.slots}", self._logprobs_all, self._leaves, ()))
+        for bucket in self.buckets:
+            scored = np.zeros(bucket, np.int32)
+            programs.append((f"prompt logprobs {bucket}", self._prompt_logprobs, self._leaves, (scored,)))
+        everything = np.full((self.slots, self.mask_words), 2**32 - 1, np.uint32)
+        programs.append((f"redraw {self.slots}", self._redraw, self._leaves, (np.zeros(self.slots, bool), everything)))
+        return programs
 
     def warm_up(self) -> Iterator[str]:
         """Compile every program, two at a time, and run it once; yield the name of each that is done.
@@ -366,6 +397,7 @@ def empty_state(
         table=jnp.asarray(whole_table(slots=slots, context=context, padding=padding, pages=pages)),
         token=jnp.zeros(slots, jnp.int32),
         hidden=jnp.zeros((slots, model.config.hidden_size), model.dtype),
+        chunk=jnp.zeros((padding, model.config.hidden_size), model.dtype),
         length=jnp.zeros(slots, jnp.int32),
         sampling=jax.tree.map(jnp.asarray, SamplingState.of([_GREEDY] * slots)),
         history=jnp.zeros((slots, model.config.vocab_size), jnp.int32),
@@ -464,6 +496,7 @@ def prefill_step(
         cache=cache,
         token=state.token.at[slot].set(token[0]),
         hidden=state.hidden.at[slot].set(final[0]),
+        chunk=jax.lax.dynamic_update_slice(state.chunk, hidden[0], (0, 0)),
         length=state.length.at[slot].set(end),
         sampling=jax.tree.map(lambda old, new: old.at[slot].set(new[0]), state.sampling, params),
         history=state.history.at[slot].set(history.at[token[0]].add(last)),
@@ -516,6 +549,32 @@ def _one_logprobs(
     one = log_probabilities(logits(model, state.hidden[slot][None]), state.token[slot][None])
     slots = state.token.shape[0]
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (slots, *leaf.shape[1:])), one), state
+
+
+def redraw(
+    model: Decoder, logits: Logits, state: DeviceState, wanted: Bool[Array, " S"], mask: UInt32[Array, "S W"]
+) -> tuple[Int[Array, " S"], DeviceState]:
+    """Draw the last tokens of the wanted slots anew, among those that a mask allows."""
+    rows, taken_back = jnp.arange(wanted.shape[0]), wanted.astype(jnp.int32)
+    history = state.history.at[rows, state.token].add(-taken_back)
+    vocab = jnp.arange(state.history.shape[1])
+    allowed = mask[:, vocab // 32] >> (vocab % 32).astype(jnp.uint32) & 1
+    held = jnp.where(allowed == 1, logits(model, state.hidden), -jnp.inf)
+    drawn = sample(held, state.sampling.active_only(wanted), state.length, history)
+    token = jnp.where(wanted, drawn, state.token)
+    return token, dataclasses.replace(state, token=token, history=history.at[rows, token].add(taken_back))
+
+
+def prompt_logprobs(
+    model: Decoder, logits: Logits, state: DeviceState, following: Int[Array, " T"]
+) -> tuple[Logprobs, DeviceState]:
+    """Judge the token that follows each one of the last piece of a prompt, a few rows of logits at a time."""
+    rows = min(_SCORED_ROWS, following.shape[0])
+    padding = -following.shape[0] % rows
+    hidden = jnp.pad(state.chunk[: following.shape[0]], ((0, padding), (0, 0)))
+    blocks = hidden.reshape(-1, rows, hidden.shape[1]), jnp.pad(following, (0, padding)).reshape(-1, rows)
+    found = jax.lax.map(lambda block: log_probabilities(logits(model, block[0]), block[1]), blocks)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[: following.shape[0]], found), state
 
 
 def _repeated(step: Callable[..., tuple[Array, DeviceState]], count: int) -> Callable[..., tuple[Array, DeviceState]]:

@@ -97,11 +97,12 @@ class Logprobs:
     def of(self, slot: int, *, token: int, count: int, offset: int) -> TokenLogprobs:
         """Give what a slot's request is told of its token, from numpy arrays.
 
-        As from OpenAI -9999 stands for all that is less likely, 0 included, which has no logarithm in JSON.
+        As from OpenAI -9999 stands for all that is less likely, 0 included, which has no logarithm in JSON. A token
+        among the likeliest has the very number that it has there: clients look by it whether it is the likeliest.
         """
         told = np.fmax(np.stack([self.chosen[slot], *self.top[slot, :count]]), -9999.0).tolist()
-        pairs = zip(self.token[slot, :count].tolist(), told[1:], strict=True)
-        return TokenLogprobs(token=token, logprob=told[0], top=tuple(pairs), offset=offset)
+        pairs = tuple(zip(self.token[slot, :count].tolist(), told[1:], strict=True))
+        return TokenLogprobs(token=token, logprob=dict(pairs).get(token, told[0]), top=pairs, offset=offset)
 
 
 def log_probabilities(logits: Float[Array, "B V"], chosen: Int[Array, " B"]) -> Logprobs:

@@ -1,5 +1,6 @@
 """Bodies of the OpenAI-compatible endpoints, and what they mean to the engine."""
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -13,7 +14,9 @@ from pydantic import (
     StringConstraints,
 )
 
+from serve.grammar import lark_grammar, regex_grammar, schema_grammar
 from serve.request import MAX_LOGPROBS, UNBOUNDED, BadParameterError, SamplingParams, Slo, check_range
+from serve.tools import Tool, ToolFormat
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of `max_tokens` in text completions; chat answers run to the end of the context."""
@@ -30,6 +33,7 @@ _MAX_COMPLETION_LOGPROBS = 5
 _MAX_STOPS = 16
 _MAX_N = 16
 _MAX_KEYS = 1024
+_MAX_TOOLS = 128
 
 
 def _encodable(text: str) -> str:
@@ -52,6 +56,7 @@ Listed = Annotated[list[T], Field(max_length=2**18, fail_fast=True)]
 
 Text = Annotated[str, AfterValidator(_encodable)]
 StopString = Annotated[str, StringConstraints(max_length=1024), AfterValidator(_encodable)]
+FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 TokenId = Annotated[int, Field(strict=True, ge=0)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -60,9 +65,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
     "best_of": (None, 1),
-    "echo": (None, False),
+    "echo": (None, False),  # of chats: a text completion has it
     "suffix": (None, ""),
     "modalities": (None, ["text"]),
     "audio": (None,),
@@ -72,12 +76,70 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_regex": (None,),
     "guided_choice": (None,),
     "guided_grammar": (None,),
-    "structured_outputs": (None,),
     "prompt_logprobs": (None,),
     "use_beam_search": (None, False),
     "min_tokens": (None, 0),
 }
 """Fields that would change the answer and that this server does not have, with the values that ask for nothing."""
+
+
+class JsonSchema(BaseModel):
+    """What `response_format` says of a schema; JSON that fits it is the only answer there is, `strict` or not."""
+
+    name: str | None = None
+    definition: Annotated[dict[str, Any] | bool | None, Field(alias="schema")] = None
+
+
+class ResponseFormat(BaseModel):
+    """OpenAI's `response_format`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def grammar(self) -> str | None:
+        """Give the grammar that it asks for.
+
+        Raises:
+            BadParameterError: There is no schema.
+        """
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return schema_grammar({"type": "object"})
+        if self.json_schema is None or self.json_schema.definition is None:
+            raise BadParameterError(
+                "response_format of type json_schema needs json_schema.schema", param="response_format"
+            )
+        return schema_grammar(self.json_schema.definition)
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's `structured_outputs`: one of a JSON schema, a regular expression, a list of texts, or a Lark grammar."""
+
+    json_schema: Annotated[dict[str, Any] | bool | None, Field(alias="json")] = None
+    regex: Text | None = None
+    choice: Annotated[list[Text], Field(min_length=1)] | None = None
+    grammar: Text | None = None
+
+    def compiled(self) -> str:
+        """Give the grammar that it asks for.
+
+        Raises:
+            BadParameterError: It asks for none, or for more than one.
+        """
+        given = (self.json_schema, self.regex, self.choice, self.grammar)
+        if sum(value is not None for value in given) != 1:
+            raise BadParameterError(
+                "structured_outputs takes one of json, regex, choice and grammar", param="structured_outputs"
+            )
+        if self.regex is not None:
+            return regex_grammar(self.regex)
+        if self.grammar is not None:
+            return lark_grammar(self.grammar)
+        if self.choice is not None:
+            return lark_grammar("start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in self.choice))
+        assert self.json_schema is not None
+        return schema_grammar(self.json_schema)
 
 
 class StreamOptions(BaseModel):
@@ -109,10 +171,13 @@ class CommonBody(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     slo_ttft_ms: Annotated[Number | None, Field(validation_alias=AliasChoices(TTFT_KEY, "slo_ttft_ms"))] = None
     slo_tpot_ms: Annotated[Number | None, Field(validation_alias=AliasChoices(TPOT_KEY, "slo_tpot_ms"))] = None
     priority: Annotated[int, Field(strict=True, ge=-(2**31), lt=2**31)] = 0
     allow_uncompensated: Annotated[bool, Field(strict=True)] = True
+    compensators: Annotated[bool, Field(strict=True)] = True
 
     def check(self) -> None:
         """Refuse what this server cannot do rather than answer something else than was asked.
@@ -163,6 +228,25 @@ class CommonBody(BaseModel):
         """
         raise NotImplementedError
 
+    @property
+    def echoes(self) -> bool:
+        """Whether the answer begins with the prompt, which is then judged as well where the answer is."""
+        return False
+
+    def grammar(self, form: ToolFormat) -> tuple[str, str] | None:
+        """Give the field that holds answers to a grammar, and the grammar; None if they are free.
+
+        Raises:
+            BadParameterError: What is asked for makes no sense, alone or together.
+        """
+        del form
+        asked = None if self.response_format is None else self.response_format.grammar()
+        if self.structured_outputs is None:
+            return None if asked is None else ("response_format", asked)
+        if asked is not None:
+            raise BadParameterError("give response_format or structured_outputs, not both", param="structured_outputs")
+        return "structured_outputs", self.structured_outputs.compiled()
+
     def limits(self, headers: Mapping[str, str], *, default: Slo) -> Slo:
         """Give the limits on time that the body or else the headers ask for, and where they do not, the server's own.
 
@@ -196,7 +280,7 @@ class CommonBody(BaseModel):
         """
         limit = self.requested_tokens()
         if limit is not None:
-            check_range("max_tokens", limit, low=1, high=2**31 - 1)
+            check_range("max_tokens", limit, low=0 if self.echoes else 1, high=2**31 - 1)
         top_k = 0 if self.top_k in (None, -1) else self.top_k
         return SamplingParams(
             max_tokens=room if limit is None else min(limit, room),
@@ -210,6 +294,7 @@ class CommonBody(BaseModel):
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             logit_bias=self.biases(vocab_size=vocab_size),
             logprobs=self.requested_logprobs(),
+            prompt_logprobs=self.requested_logprobs() if self.echoes else None,
             stop=self.stops,
             stop_token_ids=frozenset(() if self.ignore_eos else eos_ids) | frozenset(self.stop_token_ids or ()),
         )
@@ -249,6 +334,12 @@ class CompletionBody(CommonBody):
 
     prompt: Text | Listed[Text] | Listed[TokenId] | Listed[Listed[TokenId]]
     logprobs: Annotated[int, Field(strict=True)] | None = None
+    echo: Annotated[bool, Field(strict=True)] | None = None
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the answer begins with the prompt."""
+        return bool(self.echo)
 
     def prompts(self) -> list[str | list[int]]:
         """Give the prompts one by one.
@@ -282,6 +373,20 @@ class TextPart(BaseModel):
     text: Text
 
 
+class CalledFunction(BaseModel):
+    """The function of a call that was made; `arguments` is JSON as text."""
+
+    name: Text
+    arguments: Text = "{}"
+
+
+class PastCall(BaseModel):
+    """A call in a message of the assistant."""
+
+    id: Text | None = None
+    function: CalledFunction
+
+
 class Message(BaseModel):
     """A chat message; `content` parts are joined."""
 
@@ -289,11 +394,82 @@ class Message(BaseModel):
 
     role: Annotated[str, StringConstraints(max_length=64), AfterValidator(_encodable)]
     content: Text | Listed[TextPart] | None = None
+    name: Text | None = None
+    tool_calls: list[PastCall] | None = None
+    tool_call_id: Text | None = None
 
-    def plain(self) -> dict[str, str]:
-        """Give the message as chat templates take it."""
+    def plain(self) -> dict[str, Any]:
+        """Give the message as chat templates take it: calls with their arguments as objects.
+
+        Raises:
+            BadParameterError: Arguments of a call are no JSON.
+        """
         content = self.content or ""
-        return {"role": self.role, "content": content if isinstance(content, str) else "".join(p.text for p in content)}
+        joined = content if isinstance(content, str) else "".join(part.text for part in content)
+        plain: dict[str, Any] = {"role": self.role, "content": joined}
+        if self.name is not None:
+            plain["name"] = self.name
+        if self.tool_call_id is not None:
+            plain["tool_call_id"] = self.tool_call_id
+        if self.tool_calls:
+            plain["tool_calls"] = [self._plain_call(call) for call in self.tool_calls]
+        return plain
+
+    @staticmethod
+    def _plain_call(call: PastCall) -> dict[str, Any]:
+        try:
+            arguments = json.loads(call.function.arguments)
+        except (ValueError, RecursionError):
+            raise BadParameterError(
+                f"messages: the arguments of a call of {call.function.name} are no JSON", param="messages"
+            ) from None
+        return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+
+
+class Function(BaseModel):
+    """A function that may be called."""
+
+    name: FunctionName
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class FunctionTool(BaseModel):
+    """An entry of `tools`."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(BaseModel):
+    """The name in a `tool_choice`."""
+
+    name: FunctionName
+
+
+class NamedChoice(BaseModel):
+    """A `tool_choice` that says which function to call."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class TokenizeBody(BaseModel):
+    """Body of `POST /tokenize`: a text, or a conversation to be laid out by the chat template."""
+
+    model: str | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(BaseModel):
+    """Body of `POST /detokenize`."""
+
+    model: str | None = None
+    tokens: list[TokenId]
 
 
 class ChatBody(CommonBody):
@@ -303,6 +479,39 @@ class ChatBody(CommonBody):
     max_completion_tokens: Annotated[int, Field(strict=True)] | None = None
     logprobs: Annotated[bool, Field(strict=True)] | None = None
     top_logprobs: Annotated[int, Field(strict=True)] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=_MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def shown_tools(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        if self.tool_choice == "none":
+            return []
+        told = [tool.function for tool in self.tools or ()]
+        return [Tool(name=f.name, description=f.description, parameters=f.parameters or {}) for f in told]
+
+    @property
+    def names_the_call(self) -> bool:
+        """Whether `tool_choice` says which function is to be called."""
+        return isinstance(self.tool_choice, NamedChoice)
+
+    def grammar(self, form: ToolFormat) -> tuple[str, str] | None:
+        """Give the grammar of the calls that are demanded, or else what `CommonBody` says."""
+        tools, choice, asked = self.shown_tools, self.tool_choice, super().grammar(form)
+        names = [tool.name for tool in tools]
+        if len(set(names)) < len(names):
+            raise BadParameterError("tools holds two functions of the same name", param="tools")
+        if tools and asked is not None:
+            raise BadParameterError(f"{asked[0]} does not go with tools; set tool_choice to none", param=asked[0])
+        if isinstance(choice, NamedChoice):
+            tools = [tool for tool in tools if tool.name == choice.function.name]
+        if choice in (None, "none", "auto"):
+            return asked
+        if not tools:
+            raise BadParameterError("tool_choice asks for a function that is not among tools", param="tool_choice")
+        several = choice == "required" and self.parallel_tool_calls is not False
+        return "tools", form.grammar(tools, several=several)
 
     def requested_tokens(self) -> int | None:
         """Give the limit on generated tokens that the client set, or None for the rest of the context."""

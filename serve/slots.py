@@ -182,7 +182,8 @@ class SlotScheduler:
                 tokens,
                 room=min(len(tokens) + 1, _most_tokens(request)),
                 spare=self.num_running,
-                shared=not request.params.penalized,  # what penalties go by is made as the tokens run
+                # What penalties go by, and what is told of a prompt, is made as the tokens run.
+                shared=not request.params.penalized and request.params.prompt_logprobs is None,
                 droppable=request.droppable,
             )
             if begun is None:
@@ -461,7 +462,7 @@ class SlotScheduler:
 
 def _most_tokens(request: Request) -> int:
     """Give how many tokens of a request may be in the cache: the last one is not read again."""
-    return len(request.prompt) + request.params.max_tokens - 1
+    return len(request.prompt) + max(request.params.max_tokens, 1) - 1
 
 
 def iteration_seconds(

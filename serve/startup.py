@@ -14,12 +14,14 @@ from typing import Any
 import jax
 import jax.monitoring
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from pallas_kernels import dispatch
 from pallas_kernels.tuning import device_name
+from serve.compare import ComparedEngines
 from serve.config import SchedulerConfig, ServeConfig
 from serve.cpu import cpu_logits, lay_out_for_cpu
 from serve.engine import Engine
@@ -211,7 +213,8 @@ def plan_cache(prepared: Prepared, config: ServeConfig) -> CachePlan:
         memory = [device.memory_stats() or {} for device in jax.local_devices()[: config.tensor_parallel]]
         if all({"bytes_limit", "bytes_in_use"} <= one.keys() for one in memory):
             free = min(_MEMORY_SHARE * one["bytes_limit"] - one["bytes_in_use"] for one in memory)
-            pages = 2 + int(free - temporary) // page_bytes
+            engines = 2 if config.compare else 1
+            pages = 2 + int(free / engines - temporary) // page_bytes
     pages = least_of_all(pages)
     tokens = (pages - 1) * PAGE
     least = 2 * PAGE if config.max_context is None else config.max_context
@@ -273,6 +276,22 @@ def loop_settings(config: ServeConfig, timing: Timing | None) -> LoopSettings | 
         return None
     limits = {} if timing is None else {"table": timing.table, "share": timing.share}
     return LoopSettings(passes=steps, stall_tokens=config.stall_tokens, **limits)
+
+
+def start_bare_runner(prepared: Prepared, config: ServeConfig, console: Console, *, pages: int) -> Runner:
+    """Compile the same model without compensators; it shares the other arrays.
+
+    Raises:
+        ValueError: There are no compensators to leave out.
+    """
+    if not prepared.model.compensators:
+        raise ValueError("compare: this model has no error compensators")
+    bare = dataclasses.replace(prepared, model=prepared.model.replace(compensators=nnx.Dict()))
+    runner = make_runner(bare, config, kept=(), pages=pages, loop=loop_settings(config, None))
+    with Phases(console) as phases, phases.phase("compile without compensators", steps=runner.num_programs):
+        for program in runner.warm_up():
+            phases.advance(f"compiled {program}")
+    return runner
 
 
 def table_path(config: ServeConfig) -> Path | None:
@@ -352,13 +371,8 @@ def start_runner(config: ServeConfig, console: Console) -> tuple[Runner, Prepare
         profile = find_profile(config, prepared)
         dropping = profile is not None and config.scheduler.drop_compensators
         timing = None if profile is None else timing_of(config.scheduler, profile)
-        runner = make_runner(
-            prepared,
-            config,
-            kept=profile.kept if profile is not None and dropping else (),
-            pages=plan.pages,
-            loop=loop_settings(config, timing),
-        )
+        kept = profile.kept if profile is not None and dropping else ()
+        runner = make_runner(prepared, config, kept=kept, pages=plan.pages, loop=loop_settings(config, timing))
         with phases.phase("compile", steps=runner.num_programs), kernels_used() as kernels:
             for program in runner.warm_up():
                 phases.advance(f"compiled {program}")
@@ -377,7 +391,9 @@ def start_runner(config: ServeConfig, console: Console) -> tuple[Runner, Prepare
     return runner, prepared, timing
 
 
-def start_engine(config: ServeConfig, gateway: Gateway, console: Console, group: Group | None = None) -> Engine:
+def start_engine(
+    config: ServeConfig, gateway: Gateway, console: Console, group: Group | None = None
+) -> Engine | ComparedEngines:
     """Load, quantize and compile a model, start its engine, and open the gateway to requests.
 
     With a `group` the other processes of it are told each call of the runner.
@@ -385,25 +401,33 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console, group:
     Raises:
         ValueError, OSError: The model or the settings cannot be used.
     """
+    if config.compare and group is not None:
+        raise ValueError("compare: not with several processes")
     runner, prepared, timing = start_runner(config, console)
     names = (config.served_model_name,) if config.served_model_name else (prepared.name, config.model)
     metrics = Metrics(names[0])
     backend = prepared.tokenizer.backend_tokenizer
-    scheduler = SlotScheduler(
-        num_slots=config.max_slots,
-        buckets=config.prefill_buckets,
-        stall_tokens=config.stall_tokens,
-        timing=None if profile is None else timing_of(config.scheduler, profile),
-        pages=PagePool(pages=runner.pages, table=runner.table_shape, prefix_caching=config.prefix_caching),
-    )
-    engine = Engine(
-        runner if group is None else led(runner, group),
-        scheduler,
-        decode=lambda ids: backend.decode(ids, skip_special_tokens=True),
-        deliver=gateway.deliver,
-        metrics=metrics,
-        context=prepared.context,
-    )
+    bare = start_bare_runner(prepared, config, console, pages=runner.pages) if config.compare else None
+
+    def engine_of(runner: Runner, metrics: Metrics, timing: Timing | None) -> Engine:
+        scheduler = SlotScheduler(
+            num_slots=config.max_slots,
+            buckets=config.prefill_buckets,
+            stall_tokens=config.stall_tokens,
+            timing=timing,
+            pages=PagePool(pages=runner.pages, table=runner.table_shape, prefix_caching=config.prefix_caching),
+        )
+        engine = Engine(
+            runner if group is None else led(runner, group),
+            scheduler,
+            decode=lambda ids: backend.decode(ids, skip_special_tokens=True),
+            deliver=gateway.deliver,
+            metrics=metrics,
+            context=prepared.context,
+        )
+        engine.start()
+        return engine
+
     info = ModelInfo(
         names=tuple(dict.fromkeys(names)),
         tokenizer=prepared.tokenizer,
@@ -413,7 +437,10 @@ def start_engine(config: ServeConfig, gateway: Gateway, console: Console, group:
         eos_ids=prepared.architecture.eos_ids,
     )
     count_compilations(metrics)
-    engine.start()
+    engine = engine_of(runner, metrics, timing)
+    if bare is not None:
+        # What is asked of it is not the server's load: it keeps no limits, and its numbers are not shown.
+        engine = ComparedEngines(engine, engine_of(bare, Metrics(f"{names[0]} without compensators"), None))
     gateway.ready(engine, info, metrics, stuck_seconds=config.stuck_seconds, slo=default_slo(config.scheduler))
     return engine
 

@@ -66,6 +66,8 @@ def main() -> None:
             "greedy": (runner.greedy_step, active),
             "prefill": (runner.prefill_step, chunk),
             "logprobs": (runner.all_logprobs, ()),
+            "prompt_logprobs": (runner.prompt_logprobs, (jnp.zeros(CHUNK, jnp.int32),)),
+            "redraw": (runner.redraw, (*active, jnp.zeros((ROWS, -(-config.vocab_size // 32)), jnp.uint32))),
         }
         for name, (step, arguments) in programs.items():
             options = command_buffer_options("whole")

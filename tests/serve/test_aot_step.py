@@ -38,11 +38,11 @@ def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return json.loads(done.stdout) | {"rows": request.param}
 
 
-@pytest.mark.parametrize("program", ["decode", "greedy", "prefill", "logprobs"])
+@pytest.mark.parametrize("program", ["decode", "greedy", "prefill", "logprobs", "prompt_logprobs", "redraw"])
 def test_the_cache_is_written_where_it_is(reports, program: str):
     report = reports[program]
     assert report["aliased_bytes"] >= report["cache_bytes"]
-    logits = (1 if program == "prefill" else reports["rows"]) * 128_256 * 4
+    logits = {"prefill": 1, "prompt_logprobs": 64}.get(program, reports["rows"]) * 128_256 * 4
     assert report["temporary_bytes"] < 4 * logits + 32 * 2**20
 
 

@@ -28,6 +28,7 @@ class CountingRunner:
     """A device whose slot answers a prompt ending in token t with t+1, t+2, ...; can be told to fail or to be slow."""
 
     slots, buckets = SLOTS, (4, 8)
+    mask_words = 4
 
     def __init__(self) -> None:
         self.last = np.zeros(SLOTS, np.int64)
@@ -75,6 +76,19 @@ class CountingRunner:
         self.judged.append(tuple(np.flatnonzero(wanted).tolist()))
         top = self.last[:, None] + 100 - np.arange(20)
         return Logprobs(chosen=-self.last.astype(np.float32), top=-np.arange(20.0) + np.zeros((SLOTS, 1)), token=top)
+
+    def redraw(self, wanted: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Take the first token that is allowed."""
+        assert mask.shape == (SLOTS, self.mask_words)
+        bits = np.unpackbits(mask.view(np.uint8), axis=1, bitorder="little")
+        self.last[wanted] = bits[wanted].argmax(axis=1)
+        return self.last.copy()
+
+    def prompt_logprobs(self, tokens: Sequence[int], *, bucket: int) -> Logprobs:
+        """Token t of a prompt has log-probability -t."""
+        assert len(tokens) <= bucket
+        chosen = -np.array([*tokens, *[0] * (bucket - len(tokens))], np.float32)
+        return Logprobs(chosen=chosen, top=np.zeros((bucket, 20)), token=np.full((bucket, 20), 999))
 
 
 class PagedRunner(CountingRunner):
@@ -208,6 +222,68 @@ def test_log_probabilities_come_with_the_text_of_their_tokens(bench: Bench) -> N
     }
     assert [entry.top for entry in told["length"]] == [((t + 100, 0), (t + 99, -1)) for t in (11, 12, 13)]
     assert not told["token"][0].top
+
+
+@pytest.mark.parametrize(("max_tokens", "text"), [(0, ""), (1, "[21]")])
+def test_prompts_are_judged_chunk_by_chunk_and_told_with_the_first_token(
+    bench: Bench, max_tokens: int, text: str
+) -> None:
+    params = SamplingParams(max_tokens=max_tokens, logprobs=1, prompt_logprobs=1)
+    bench.engine.submit(Request(id="long", prompt=tuple(range(21)), params=params))
+    bench.engine.submit(Request(id="one", prompt=(20,), params=params))
+    assert bench.answer("long") == bench.answer("one") == (text, "length", max_tokens)
+    (output,) = bench.outputs["long"]
+    assert [(e.token, e.logprob) for e in output.prompt_logprobs] == [(t, -t) for t in range(1, 21)]
+    assert [e.token for e in output.logprobs] == [21] * max_tokens
+    (output,) = bench.outputs["one"]
+    assert output.prompt_logprobs == ()
+    bench.engine.submit(Request(id="stops", prompt=(20,), params=dataclasses.replace(
+        params, max_tokens=3, stop_token_ids=frozenset({21}))))  # fmt: skip
+    assert bench.answer("stops") == ("", "stop", 1)
+    assert [e.token for output in bench.outputs["stops"] for e in output.logprobs] == [21]
+
+
+class Steps:
+    """A grammar of tokens that grow by ten, from 10 to 50; after 40 it fails to tell if it is a bad one."""
+
+    def __init__(self, *, bad: bool, last: int = 0) -> None:
+        self.bad, self.last = bad, last
+
+    def copy(self) -> "Steps":
+        return Steps(bad=self.bad, last=self.last)
+
+    def fill(self, mask: np.ndarray) -> None:
+        if self.bad and self.last == 40:
+            raise ValueError("too hard")
+        bits = np.zeros(mask.size * 32, np.uint8)
+        bits[self.last + 10] = 1
+        mask[:] = np.packbits(bits, bitorder="little").view(np.uint32)
+
+    def push(self, token: int) -> bool:
+        assert token == self.last + 10, "a step was made without the token before"
+        self.last = token
+        return token == 50
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_answers_are_held_to_their_grammars_beside_free_ones(bench: Bench, slow: bool) -> None:
+    bench.runner.step_seconds = 0.002 if slow else 0.0
+    params = SamplingParams(max_tokens=20, constrained=True, logprobs=0)
+    grammar = Steps(bad=False)
+    bench.engine.submit(request("free", 200, max_tokens=12, logprobs=0))
+    for i in range(3):
+        bench.engine.submit(Request(id=f"held{i}", prompt=(7,) * (1 + 5 * i), params=params, grammar=grammar))
+    bench.engine.submit(Request(id="bad", prompt=(7,), params=params, grammar=Steps(bad=True)))
+    for i in range(3):
+        assert bench.answer(f"held{i}") == ("[10][20][30][40][50]", "stop", 5)
+        told = [e for output in bench.outputs[f"held{i}"] for e in output.logprobs]
+        assert [(e.token, e.logprob) for e in told] == [(t, -t) for t in (10, 20, 30, 40, 50)]
+    assert bench.answer("free") == ("".join(f"[{i}]" for i in range(201, 213)), "length", 12)
+    assert bench.answer("bad")[:2] == ("[10][20][30][40]", "error")
+    assert (bench.outputs["bad"][-1].error, bench.outputs["bad"][-1].client_error) == ("too hard", True)
+    assert grammar.last == 0
+    assert bench.engine.failure is None
+    bench.wait(lambda: bench.gauge("num_requests_running") == 0 or time.sleep(0.01) is None)
 
 
 def test_improbable_tokens_have_a_number() -> None:

@@ -144,7 +144,7 @@ def test_a_program_traces_one_layer_of_all(layout: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Layer, "unsummed", count)
     runner = runner_of("compensated", layout)
-    judging = 2 if layout == "cpu" else 1  # programs of the head alone
+    judging = 3 + (2 if layout == "cpu" else 1)  # programs of the head alone
     assert len(traced) == runner.num_programs - judging
 
 
@@ -165,7 +165,15 @@ def test_each_program_compiles_once_wherever_the_arrays_come_from(committed: boo
         runner = Runner(model, slots=2, context=64, buckets=(8, 16), lone_program=True)
         list(runner.warm_up())
         start(runner, 1, prompt_of(9))
-        steps = ("prefill_step", "decode_step", "decode_lone", "all_logprobs", "_one_logprobs")
+        steps = (
+            "prefill_step",
+            "decode_step",
+            "decode_lone",
+            "all_logprobs",
+            "_one_logprobs",
+            "prompt_logprobs",
+            "redraw",
+        )
         assert sum(any(step in name for step in steps) for name in compiled) == runner.num_programs
     finally:
         jax.monitoring.clear_event_listeners()
@@ -182,6 +190,8 @@ def test_nothing_compiles_after_warm_up() -> None:
         for active in ([True, False, False], [False, True, True], [True, True, True]):
             runner.decode(np.array(active)).block_until_ready()
             jax.block_until_ready(runner.logprobs(np.array(active)))
+        jax.block_until_ready(runner.prompt_logprobs([1, 2], bucket=8))
+        runner.redraw(np.array([True, False, True]), np.ones((3, runner.mask_words), np.uint32)).block_until_ready()
         assert not compiled
         jax.jit(lambda x: x + 3)(np.float32(2)).block_until_ready()
         assert compiled, "the listener hears nothing, so this test proves nothing"
@@ -243,6 +253,52 @@ def test_log_probabilities_are_those_of_the_model_without_a_cache(name: str) -> 
             assert [entry.logprob for entry in told] == pytest.approx([entry.top[0][1] for entry in told])
         else:
             assert any(entry.token != entry.top[0][0] for entry in told) or name != "undecided"
+
+
+@pytest.mark.parametrize(("layout", "chunks"), [("cpu", (16, 16, 5)), ("separate", (8, 3))])
+def test_log_probabilities_of_prompts_are_those_of_the_model(layout: str, chunks: tuple[int, ...]) -> None:
+    runner, prompt = runner_of("compensated", layout), prompt_of(sum(chunks), seed=9)
+    told, done = [], 0
+    for length in chunks:
+        end, bucket = done + length, 16 if length > 8 else 8
+        runner.prefill(prompt[done:end], slot=0, start=done, bucket=bucket, last=end == len(prompt), params=GREEDY)
+        following = prompt[done + 1 : end + 1]
+        found = jax.device_get(runner.prompt_logprobs(following, bucket=bucket))
+        told += [found.of(i, token=token, count=3, offset=0) for i, token in enumerate(following)]
+        done = end
+    expected = np.asarray(jax.nn.log_softmax(logits_of(model_of("compensated"), np.array([prompt], np.int32))[0]))
+    assert [entry.token for entry in told] == prompt[1:]
+    rows = np.arange(len(prompt) - 1)
+    np.testing.assert_allclose([e.logprob for e in told], expected[rows, prompt[1:]], rtol=1e-4, atol=1e-4)
+    tops = [[value for _, value in entry.top] for entry in told]
+    np.testing.assert_allclose(tops, -np.sort(-expected[:-1])[:, :3], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("beside", [(), (2,)])
+def test_a_redrawn_token_is_the_likeliest_that_is_allowed_and_counts_once(beside: tuple[int, ...]) -> None:
+    """A greedy answer of odd tokens only, each worth less the more often it was drawn, beside a free one."""
+    runner, model, prompt = runner_of("undecided", "cpu"), model_of("undecided"), prompt_of(11, seed=3)
+    params = SamplingParams(max_tokens=1, temperature=0.0, frequency_penalty=0.7, constrained=True)
+    mask = np.full((3, runner.mask_words), 0xAAAAAAAA, np.uint32)
+    wanted, active = np.array([False, True, False]), np.isin(np.arange(3), (1, *beside))
+    free = [start(runner, 2, prompt, GREEDY)]
+    start(runner, 1, prompt, params)
+    tokens = [int(np.asarray(runner.redraw(wanted, mask))[1])]
+    for _ in range(9):
+        runner.decode(active)
+        both = np.asarray(runner.redraw(wanted, mask))
+        tokens.append(int(both[1]))
+        free.append(int(both[2]))
+    expected: list[int] = []
+    for _ in range(10):
+        hidden, _ = model(jnp.asarray([prompt + expected], jnp.int32))
+        logits = np.asarray(model.logits(hidden[0, -1]), np.float64)
+        logits -= 0.7 * np.bincount(expected, minlength=len(logits)) if expected else 0.0
+        expected.append(int(np.where(np.arange(len(logits)) % 2, logits, -np.inf).argmax()))
+    assert tokens == expected
+    if beside:
+        assert free == generate(runner, 0, prompt, 10)
+    assert len({*tokens}) > 3
 
 
 @pytest.mark.parametrize("beside", [(), (0, 2)])

@@ -4,6 +4,7 @@ import concurrent.futures
 import http.client
 import json
 import math
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,9 @@ import openai
 import pytest
 
 from serve.bench import BenchConfig, bench
+from spear_jax.evaluation import load_examples
+from spear_jax.evaluation.tasks import encode_pairs, score_pairs
+from spear_jax.recovery import load_recovered
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -217,6 +221,83 @@ def test_log_probabilities_of_completions(client: openai.OpenAI) -> None:
     assert [len(top) for top in complete(logprobs=0).choices[0].logprobs.top_logprobs] == [1] * 7
 
 
+def test_echo_tells_of_the_prompt_as_evaluation_clients_ask(client: openai.OpenAI, server: Any) -> None:
+    """What lm-eval's `local-completions` sends and reads: lists of token ids, `echo`, one token more."""
+    prompts = [[504, 3575, 282, 4649, 314, 7042, 30], [9] * 70, [28]]
+    options: Any = {"model": "demo", "temperature": 0, "logprobs": 1, "seed": 1234, "echo": True}
+    one = client.completions.create(prompt=prompts, max_tokens=1, **options)
+    none = client.completions.create(prompt=prompts, max_tokens=0, **options)
+    assert (one.usage.completion_tokens, none.usage.completion_tokens) == (3, 0)  # type: ignore[union-attr]
+    for prompt, whole, short in zip(prompts, one.choices, none.choices, strict=True):
+        told: Any = whole.logprobs
+        assert len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs) == len(prompt) + 1
+        assert (told.token_logprobs[0], told.top_logprobs[0]) == (None, None)
+        assert short.logprobs.token_logprobs == pytest.approx(told.token_logprobs[:-1], nan_ok=True)  # type: ignore
+        assert whole.text.startswith(short.text)
+        for token, value, top, offset in [*zip(*(getattr(told, n) for n in (
+            "tokens", "token_logprobs", "top_logprobs", "text_offset")), strict=True)][1:]:  # fmt: skip
+            assert top[token] == value <= max(top.values())
+            assert whole.text[offset:].startswith(token)
+    text = "The capital of France is Paris. 你好"
+    echoed = client.completions.create(prompt=text, max_tokens=3, **options | {"logprobs": None}).choices[0]
+    assert echoed.text.startswith(text + " " if echoed.text[len(text)] == " " else text)
+    assert echoed.logprobs is None
+    streamed = list(client.completions.create(prompt=text, max_tokens=3, stream=True, n=2, **options))
+    for index in range(2):
+        pieces = [chunk.choices[0] for chunk in streamed if chunk.choices[0].index == index]
+        assert "".join(piece.text for piece in pieces) == echoed.text
+        names: list[str] = [name for piece in pieces if piece.logprobs for name in piece.logprobs.tokens or []]
+        assert "".join(names[:7]) == "The capital of France is Paris."
+    assert server.metric("compilations_after_ready_total") == 0
+
+
+def test_echoed_log_probabilities_are_those_of_the_model_that_is_served(client: openai.OpenAI) -> None:
+    lambada = Path(__file__).parents[3] / "shared" / "data" / "tasks" / "lambada_test.jsonl"
+    if not lambada.is_file():
+        pytest.skip(f"no {lambada}")
+    loaded = load_recovered(dtype="float32")
+    pairs = [example.choices[0] for example in load_examples("lambada", tasks_dir=lambada.parent, limit=6)]
+    encoded = encode_pairs(loaded.tokenizer, pairs)
+    expected = score_pairs(loaded.model, encoded, max_length=384)
+    answers: Any = client.completions.create(
+        model="demo", prompt=[ids for ids, _ in encoded], echo=True, max_tokens=1, logprobs=1, temperature=0
+    ).choices
+    for (ids, length), answer, total, greedy in zip(encoded, answers, *expected, strict=True):
+        values = answer.logprobs.token_logprobs[len(ids) - length : -1]
+        tops = answer.logprobs.top_logprobs[len(ids) - length : -1]
+        assert sum(values) == pytest.approx(total, abs=2e-3)
+        assert all(value == max(top.values()) for value, top in zip(values, tops, strict=True)) == greedy
+
+
+def test_tokens_and_texts_go_both_ways(client: openai.OpenAI, server: Any) -> None:
+    def ask_for(path: str, **body: Any) -> Any:
+        status, answer, _ = post(server, path, json.dumps(body).encode())
+        assert status == 200, answer
+        return answer
+
+    text = "Three colours: red 你好"
+    told = ask_for("/tokenize", model="demo", prompt=text, return_token_strs=True)
+    assert (told["count"], told["max_model_len"]) == (len(told["tokens"]), 384)
+    assert "".join(told["token_strs"][:4]) == "Three colours: red"
+    assert ask_for("/detokenize", tokens=told["tokens"]) == {"prompt": text}
+    assert ask_for("/tokenize", prompt=text)["token_strs"] is None
+    messages = HELLO["messages"]
+    laid_out = ask_for("/tokenize", messages=messages)
+    usage = client.chat.completions.create(model="demo", messages=messages, max_tokens=1).usage
+    assert usage is not None
+    assert laid_out["count"] == usage.prompt_tokens
+    assert ask_for("/detokenize", tokens=laid_out["tokens"])["prompt"].endswith("<|im_start|>assistant\n")
+    assert ask_for("/tokenize", messages=messages, add_generation_prompt=False)["count"] < laid_out["count"]
+
+
+def test_stop_tokens_end_an_answer(client: openai.OpenAI, server: Any) -> None:
+    (comma,) = post(server, "/tokenize", b'{"prompt": ","}')[1]["tokens"]
+    answer = client.completions.create(
+        model="demo", prompt="One, two, three,", max_tokens=6, temperature=0, extra_body={"stop_token_ids": [comma]}
+    )
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (" four", "stop")
+
+
 def test_the_end_of_the_context_ends_the_answer(client: openai.OpenAI) -> None:
     answer = client.completions.create(
         model="demo", prompt=[9] * 380, max_tokens=100, temperature=0, extra_body={"ignore_eos": True}
@@ -228,6 +309,21 @@ def test_the_end_of_the_context_ends_the_answer(client: openai.OpenAI) -> None:
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+
+
+JSON = {"type": "json_object"}
+
+
+def tool(name: str, **parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def schema(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
 
 
 @pytest.mark.parametrize(
@@ -249,8 +345,36 @@ HELLO: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content
         (CHAT, HELLO | {"n": 0}, 400, "n", "invalid_value"),
         (CHAT, HELLO | {"stop": ["a", ""]}, 400, "stop", "invalid_value"),
         (CHAT, HELLO | {"seed": 2**70}, 400, "seed", "invalid_value"),
-        (CHAT, HELLO | {"tools": [{"type": "function"}]}, 400, "tools", "unsupported_parameter"),
-        (CHAT, HELLO | {"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
+        (CHAT, HELLO | {"tools": [{"type": "function"}]}, 400, "tools", "missing_required_parameter"),
+        (CHAT, HELLO | {"tools": [tool("get weather")]}, 400, "tools", "invalid_type"),
+        (CHAT, HELLO | {"tools": [tool("f"), tool("f")]}, 400, "tools", "invalid_value"),
+        (CHAT, HELLO | {"tools": [tool("f", type="what")], "tool_choice": "required"}, 400, "tools", "invalid_value"),
+        (CHAT, HELLO | {"tool_choice": "required"}, 400, "tool_choice", "invalid_value"),
+        (CHAT, HELLO | {"tools": [tool("f")], "tool_choice": named("g")}, 400, "tool_choice", "invalid_value"),
+        (CHAT, HELLO | {"tools": [tool("f")], "response_format": JSON}, 400, "response_format", "invalid_value"),
+        (CHAT, HELLO | {"response_format": {"type": "yaml"}}, 400, "response_format", "invalid_type"),
+        (CHAT, HELLO | {"response_format": {"type": "json_schema"}}, 400, "response_format", "invalid_value"),
+        (CHAT, HELLO | {"response_format": schema({"type": 3})}, 400, "response_format", "invalid_value"),
+        (CHAT, HELLO | {"response_format": schema({"enum": ["x" * 70_000]})}, 400, "response_format", "invalid_value"),
+        (CHAT, HELLO | {"response_format": schema({"pattern": "("})}, 400, "response_format", "invalid_value"),
+        (CHAT, HELLO | {"response_format": schema({"$ref": "http://x.y/z"})}, 400, "response_format", "invalid_value"),
+        (TEXT, {"model": "demo", "prompt": "x", "structured_outputs": {}}, 400, "structured_outputs", "invalid_value"),
+        (TEXT, {"model": "demo", "prompt": "x", "structured_outputs": {"regex": "("}}, 400, "structured_outputs", None),
+        (
+            TEXT,
+            {"model": "demo", "prompt": "x", "structured_outputs": {"regex": "(a*)*" * 500}},
+            400,
+            "structured_outputs",
+            "invalid_value",
+        ),
+        (
+            TEXT,
+            {"model": "demo", "prompt": "x", "structured_outputs": {"grammar": "start: " + "(" * 9000}},
+            400,
+            "structured_outputs",
+            "invalid_value",
+        ),
+        (TEXT, {"model": "demo", "prompt": "x", "tools": [1]}, 400, "tools", "unsupported_parameter"),
         (CHAT, HELLO | {"logprobs": 3}, 400, "logprobs", "invalid_type"),
         (CHAT, HELLO | {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "invalid_value"),
         (CHAT, HELLO | {"logprobs": True, "top_logprobs": -1}, 400, "top_logprobs", "invalid_value"),
@@ -277,6 +401,18 @@ HELLO: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content
         (TEXT, {"model": "demo", "prompt": [9] * 384}, 400, "prompt", "context_length_exceeded"),
         (TEXT, {"model": "demo", "prompt": "word " * 500}, 400, "prompt", "context_length_exceeded"),
         (TEXT, {"model": "demo", "prompt": "x", "best_of": 3}, 400, "best_of", "unsupported_parameter"),
+        (TEXT, {"model": "demo", "prompt": "x", "suffix": "y"}, 400, "suffix", "unsupported_parameter"),
+        (TEXT, {"model": "demo", "prompt": "x", "max_tokens": 0}, 400, "max_tokens", "invalid_value"),
+        (TEXT, {"model": "demo", "prompt": "x", "echo": 1}, 400, "echo", "invalid_type"),
+        (CHAT, HELLO | {"echo": True}, 400, "echo", "unsupported_parameter"),
+        (CHAT, HELLO | {"compensators": False}, 400, "compensators", "invalid_value"),
+        (CHAT, HELLO | {"messages": [{"content": "hi"}]}, 400, "messages", "missing_required_parameter"),
+        (CHAT, HELLO | {"messages": [{"role": "user", "content": 42}]}, 400, "messages", "invalid_type"),
+        (CHAT, HELLO | {"messages": [{"role": 3, "content": "hi"}]}, 400, "messages", "invalid_type"),
+        (CHAT, HELLO | {"messages": None}, 400, "messages", "invalid_type"),
+        ("/tokenize", {"model": "gpt-9", "prompt": "x"}, 404, "model", "model_not_found"),
+        ("/tokenize", {"prompt": "x", "messages": HELLO["messages"]}, 400, "prompt", "invalid_value"),
+        ("/detokenize", {"tokens": [10**9]}, 400, "tokens", "invalid_value"),
         (TEXT, {"model": "demo", "prompt": ["x"] * 13}, 400, "n", "invalid_value"),
         (TEXT, {"model": "demo", "prompt": "x" * 300_000}, 413, None, "body_too_large"),
         ("/v1/nothing", {}, 404, None, "unknown_url"),
@@ -301,6 +437,97 @@ def test_mistakes_have_openai_shape(
 def test_unknown_fields_and_harmless_values_pass(server: Any) -> None:
     body = HELLO | {"store": False, "metadata": {"a": "b"}, "tools": None, "frequency_penalty": 0, "logit_bias": {}}
     assert post(server, CHAT, json.dumps(body).encode())[0] == 200
+
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 10, "maximum": 99},
+                   "kind": {"enum": ["cat", "dog"]}},
+    "required": ["name", "age", "kind"], "additionalProperties": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_answers_fit_the_schema_beside_free_ones(client: openai.OpenAI, server: Any, temperature: float) -> None:
+    free = ask(client, PROMPTS[1], max_tokens=20).choices[0].message.content
+    options = {"response_format": schema(PERSON), "max_tokens": 80, "temperature": temperature, "seed": 5}
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        beside = [pool.submit(ask, client, PROMPTS[1], max_tokens=20) for _ in range(2)]
+        streamed = pool.submit(ask_streaming, client, "Tell me of a pet.", **options)
+        whole = ask(client, "Tell me of a pet.", n=2, **options)
+        assert {one.result().choices[0].message.content for one in beside} == {free}
+    first, second = (json.loads(choice.message.content) for choice in whole.choices)
+    for told in (first, second):
+        assert told.keys() == {"name", "age", "kind"}
+        assert 10 <= told["age"] <= 99
+        assert told["kind"] in ("cat", "dog")
+    assert (json.loads(streamed.result()[0]), streamed.result()[1]) == (first, "stop")
+    assert (first != second) == (temperature > 0)
+    assert server.metric("compilations_after_ready_total") == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "pattern"),
+    [
+        ({"regex": "[0-9]{3}-[a-f]{2}"}, "[0-9]{3}-[a-f]{2}"),
+        ({"choice": ["rouge", 'vert "clair"']}, 'rouge|vert "clair"'),
+        ({"grammar": 'start: "<" /[a-z]{2,3}/ ">"'}, "<[a-z]{2,3}>"),
+        ({"json": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3}}, r"\[.*\]"),
+    ],
+)
+def test_structured_outputs_of_completions(client: openai.OpenAI, asked: dict[str, Any], pattern: str) -> None:
+    answer = client.completions.create(
+        model="demo", prompt="It is ", max_tokens=40, temperature=1.0, extra_body={"structured_outputs": asked}
+    )
+    assert re.fullmatch(pattern, answer.choices[0].text, re.DOTALL), answer.choices[0].text
+    assert answer.choices[0].finish_reason == "stop"
+
+
+WEATHER = tool(
+    "get_weather", type="object", properties={"city": {"$ref": "#/$defs/city"}}, required=["city"],
+    additionalProperties=False, **{"$defs": {"city": {"enum": ["Paris", "Rome"]}}},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["required", named("get_weather")])
+def test_demanded_calls_are_calls_with_arguments_that_fit(client: openai.OpenAI, choice: Any, stream: bool) -> None:
+    tools = [WEATHER] if choice == "required" else [tool("noop"), WEATHER]
+    options: dict[str, Any] = {"tools": tools, "tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 60}
+    answer = ask(client, "How is the weather in Rome?", stream=stream, **options)
+    if stream:
+        pieces = [chunk.choices[0] for chunk in answer]
+        calls = [call for piece in pieces for call in piece.delta.tool_calls or ()]
+        text, reason = "".join(piece.delta.content or "" for piece in pieces), pieces[-1].finish_reason
+        assert [call.index for call in calls] == [0]
+    else:
+        message, reason = answer.choices[0].message, answer.choices[0].finish_reason
+        calls, text = message.tool_calls, message.content or ""
+    (call,) = calls
+    assert (call.type, call.function.name, text) == ("function", "get_weather", "")
+    assert json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
+    assert reason == ("tool_calls" if choice == "required" else "stop")
+    assert call.id.startswith("call_")
+
+
+def test_a_conversation_goes_on_after_a_call(client: openai.OpenAI) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}
+    messages: Any = [
+        {"role": "user", "content": "How is the weather in Rome?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": '{"sky": "sunny"}'},
+    ]
+    answer = client.chat.completions.create(
+        model="demo",
+        messages=messages,
+        tools=[WEATHER],
+        max_tokens=24,
+        temperature=0,  # type: ignore[list-item]
+    )
+    assert answer.choices[0].message.content or answer.choices[0].message.tool_calls
+    messages[1]["tool_calls"][0]["function"]["arguments"] = "{"
+    with pytest.raises(openai.BadRequestError, match="get_weather are no JSON"):
+        client.chat.completions.create(model="demo", messages=messages, max_tokens=1)
 
 
 def test_a_bias_and_a_penalty_change_the_answer(client: openai.OpenAI) -> None:
