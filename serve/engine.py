@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast
 
 import jax
 import numpy as np
@@ -86,7 +86,6 @@ class StepRunner(Protocol):
         ...
 
 
-@runtime_checkable
 class LoopedRunner(Protocol):
     """A device that chooses by itself what to do in up to `passes` chunks and decode steps of a call."""
 
@@ -388,10 +387,10 @@ class Engine:
         self._try_next_suspect()
         self._take_inbox()
         now = time.monotonic()
-        if isinstance(self._runner, LoopedRunner):
-            enqueued = self._enqueue_loop(self._runner, now)
+        if hasattr(self._runner, "advance"):
+            enqueued = self._enqueue_loop(cast(LoopedRunner, self._runner), now)
         else:
-            enqueued = self._enqueue(self._runner, now)
+            enqueued = self._enqueue(cast(StepRunner, self._runner), now)
         while self._in_flight and (not enqueued or len(self._in_flight) > 1):
             self._settle(self._in_flight.popleft())
         self._set_gauges()
