@@ -56,6 +56,8 @@ class KVCache:
                 fresh = jax.lax.dynamic_slice_in_dim(rows, first + PAGE, PAGE, axis=1)
                 old = jax.lax.dynamic_index_in_dim(pages, number, keepdims=False)
                 merged = jnp.where(((inside >= 0) & (inside < count))[:, None], fresh, old)
+                # Behind the barrier, or XLA takes what was there from a copy of all pages.
+                pages, merged = jax.lax.optimization_barrier((pages, merged))
                 pages = jax.lax.dynamic_update_index_in_dim(pages, merged, number, axis=0)
             return pages
 
