@@ -31,7 +31,7 @@ _IDLE_WAIT_SECONDS = 1.0
 _MAX_IDLE_FAULTS = 3
 """Iterations in a row that may fail with nobody in a slot before the engine gives up."""
 
-_CALL_SECONDS = 0.025
+_CALL_SECONDS = 0.04
 """How long calls of the loop without prompts may take: tokens come so far apart, and newcomers wait up to twice."""
 
 _PACE_RATE = 0.2
