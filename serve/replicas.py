@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -408,8 +408,8 @@ class Cluster:
         ray.shutdown()
 
 
-def serve_replicas(config: ServeConfig, reread: Callable[[], ServeConfig]) -> int:
-    """Serve until a signal; SIGHUP reads the settings again and updates the replicas one after another.
+def serve_replicas(config: ServeConfig, reread: Callable[[], ServeConfig]) -> NoReturn:
+    """Serve until a signal, then end the process; SIGHUP reads settings again and updates replicas one after another.
 
     Raises:
         ValueError, OSError: The port is taken, or the model or the settings cannot be used.
@@ -455,4 +455,6 @@ def serve_replicas(config: ServeConfig, reread: Callable[[], ServeConfig]) -> in
     if failure:
         raise failure[0]
     log.info("stopped")
-    return 0
+    # Threads of Ray outlive its shutdown: ordinary exit aborts when they find the interpreter gone.
+    logging.shutdown()
+    os._exit(0)
