@@ -102,6 +102,12 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
         started.process.kill()
 
 
+@pytest.fixture
+def client() -> Iterator[httpx.Client]:
+    with httpx.Client(timeout=300, limits=httpx.Limits(max_connections=STREAMS)) as client:
+        yield client
+
+
 def stream(client: httpx.Client, url: str, prompt: list[int], tokens: int = 30) -> str:
     """Give how a stream ended: `done`, or the code of the error in it or instead of it."""
     body = {"model": "tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
@@ -118,10 +124,9 @@ def stream(client: httpx.Client, url: str, prompt: list[int], tokens: int = 30) 
 
 
 @pytest.mark.slow
-def test_replicas_answer_fail_and_are_updated_behind_one_endpoint(endpoint: Endpoint) -> None:
+def test_replicas_answer_fail_and_are_updated_behind_one_endpoint(endpoint: Endpoint, client: httpx.Client) -> None:
     """Kill one of two amid 200 streams, then update both while requests come: each ends whole or may be asked again."""
     url = endpoint.url
-    client = httpx.Client(timeout=300, limits=httpx.Limits(max_connections=STREAMS))
     assert client.get(f"{url}/v1/models").json()["data"][0]["id"] == "tiny"
     assert client.post(f"{url}/v1/completions", json={"model": "no", "prompt": "w1"}).status_code == 404
     victims = endpoint.replicas()
