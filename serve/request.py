@@ -1,7 +1,6 @@
 """What a client asks of the engine, and what the engine answers; plain data without a device."""
 
 import dataclasses
-import math
 import threading
 import time
 from collections.abc import Sequence
@@ -118,7 +117,7 @@ def check_range(param: str, value: float, *, low: float, high: float, open_low: 
     Raises:
         BadParameterError: It lies outside, or is not a number.
     """
-    if math.isnan(value) or value > high or value < low or (open_low and value == low):
+    if not low <= value <= high or (open_low and value == low):  # so no comparison turns a huge integer into a float
         bracket = "(" if open_low else "["
         raise BadParameterError(f"{param} must lie in {bracket}{low}, {high}], got {value}", param=param)
 

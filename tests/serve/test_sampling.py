@@ -190,7 +190,8 @@ def test_idle_slots_ask_for_nothing() -> None:
     [("presence_penalty", 2.1), ("frequency_penalty", -2.1), ("repetition_penalty", 0.0), ("logit_bias", ((1, 101.0),)),
      ("logit_bias", ((1, 0.0),) * 65), ("temperature", -0.1),
      ("temperature", 2.1), ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.5),
-     ("top_k", -2), ("min_p", 1.1), ("max_tokens", -1), ("seed", 2**63), ("stop", ("",)), ("logprobs", 21)],
+     ("top_k", -2), ("top_k", 10**400), ("min_p", 1.1), ("max_tokens", -1), ("seed", 2**63), ("stop", ("",)),
+     ("logprobs", 21)],
 )  # fmt: skip
 def test_bad_values_are_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(BadParameterError, match=name) as error:
