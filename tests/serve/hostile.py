@@ -11,6 +11,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import datetime
 import http.client
 import json
 import os
@@ -28,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from spear_jax.versions import package_versions
 
 ROOT = Path(__file__).parents[2]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -517,6 +520,9 @@ def main() -> int:
         if target.process.poll() is None:
             target.process.kill()
     report["model"] = "tiny" if args.tiny else "demo"
+    report["date"] = datetime.date.today().isoformat()
+    report["command"] = " ".join(["python", "tests/serve/hostile.py", *sys.argv[1:]])
+    report["versions"] = package_versions("jax", "fastapi", "uvicorn", "pydantic")
     report["load_of_machine"] = {"cores": os.cpu_count(), "before": load, "after": os.getloadavg()}
     out = args.out or ROOT / "serve" / "results" / ("soak.json" if args.what == "soak" else "hostile.json")
     out.write_text(json.dumps(report, indent=1) + "\n")
