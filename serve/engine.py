@@ -37,12 +37,44 @@ _CALL_SECONDS = 0.04
 _PACE_RATE = 0.2
 
 
-class StepRunner(Protocol):
-    """The device as the engine sees it; results may still be being computed when a call returns."""
+class DeviceRunner(Protocol):
+    """What the engine asks of every device; results may still be being computed when a call returns."""
 
     slots: int
     buckets: tuple[int, ...]
     mask_words: int
+
+    def use_table(self, table: np.ndarray) -> None:
+        """Give every slot its pages [S, M], from the next call on."""
+        ...
+
+    def logprobs(self, wanted: np.ndarray) -> Logprobs:
+        """Judge the last token of every wanted slot [S], as the call before gave it."""
+        ...
+
+    def redraw(self, wanted: np.ndarray, mask: np.ndarray) -> ArrayLike:
+        """Draw the last tokens of the wanted slots [S] anew, of those in a mask [S, W]; give those of all slots."""
+        ...
+
+    def prompt_logprobs(self, tokens: Sequence[int], *, bucket: int) -> Logprobs:
+        """Judge the tokens that follow those of the prompt's chunk that ran last."""
+        ...
+
+    def replacement(self, model: Decoder) -> Any:
+        """Give what `swap` takes, made of a model of the same architecture; ValueError if it is another one."""
+        ...
+
+    def swap(self, replacement: Any) -> None:
+        """Run the steps to come by another model."""
+        ...
+
+    def recover(self, error: Exception) -> None:
+        """Make the state of idle slots anew after `error` in a call; raise if the device cannot be used any more."""
+        ...
+
+
+class StepRunner(DeviceRunner, Protocol):
+    """A device that is handed each chunk and each decode step."""
 
     def prefill(
         self,
@@ -63,45 +95,14 @@ class StepRunner(Protocol):
         """
         ...
 
-    def use_table(self, table: np.ndarray) -> None:
-        """Give every slot its pages [S, M], from the next call on."""
-        ...
-
     def decode(self, active: np.ndarray) -> ArrayLike:
         """Give the next token of every active slot [S]."""
         ...
 
-    def logprobs(self, wanted: np.ndarray) -> Logprobs:
-        """Judge the last token of every wanted slot [S], as the call before gave it."""
-        ...
 
-    def replacement(self, model: Decoder) -> Any:
-        """Give what `swap` takes, made of a model of the same architecture; ValueError if it is another one."""
-        ...
-
-    def swap(self, replacement: Any) -> None:
-        """Run the steps to come by another model."""
-        ...
-
-    def redraw(self, wanted: np.ndarray, mask: np.ndarray) -> ArrayLike:
-        """Draw the last tokens of the wanted slots [S] anew, of those in a mask [S, W]; give those of all slots."""
-        ...
-
-    def prompt_logprobs(self, tokens: Sequence[int], *, bucket: int) -> Logprobs:
-        """Judge the tokens that follow those of the prompt's chunk that ran last."""
-        ...
-
-    def recover(self, error: Exception) -> None:
-        """Make the state of idle slots anew after `error` in a call; raise if the device cannot be used any more."""
-        ...
-
-
-class LoopedRunner(Protocol):
+class LoopedRunner(DeviceRunner, Protocol):
     """A device that chooses by itself what to do in up to `passes` chunks and decode steps of a call."""
 
-    slots: int
-    buckets: tuple[int, ...]
-    mask_words: int
     passes: int
 
     def stage(self, request: Request, slot: int, *, slo: Slo, cached: int, answer: Sequence[int], since: float) -> None:
@@ -111,36 +112,8 @@ class LoopedRunner(Protocol):
         """
         ...
 
-    def use_table(self, table: np.ndarray) -> None:
-        """Give every slot its pages [S, M], from the next call on."""
-        ...
-
     def advance(self, call: Call) -> ArrayLike:
         """Start a call; `Ring.of` reads what it did."""
-        ...
-
-    def logprobs(self, wanted: np.ndarray) -> Logprobs:
-        """Judge the last token of every wanted slot [S], as the call before gave it."""
-        ...
-
-    def replacement(self, model: Decoder) -> Any:
-        """Give what `swap` takes, made of a model of the same architecture; ValueError if it is another one."""
-        ...
-
-    def swap(self, replacement: Any) -> None:
-        """Run the steps to come by another model."""
-        ...
-
-    def recover(self, error: Exception) -> None:
-        """Make the state of idle slots anew after `error` in a call; raise if the device cannot be used any more."""
-        ...
-
-    def redraw(self, wanted: np.ndarray, mask: np.ndarray) -> ArrayLike:
-        """Draw the last tokens of the wanted slots [S] anew, of those in a mask [S, W]; give those of all slots."""
-        ...
-
-    def prompt_logprobs(self, tokens: Sequence[int], *, bucket: int) -> Logprobs:
-        """Judge the tokens that follow those of the prompt's chunk that ran last."""
         ...
 
 
@@ -495,10 +468,7 @@ class Engine:
                 first=chunk.first,
                 answered=max(end - max(chunk.start, len(self._live[request].client.prompt)), 0),
             )
-            self._metrics.prompt_tokens.inc(chunk.length)
-            if chunk.level:
-                self._live[request].uncompensated += chunk.length
-                self._metrics.uncompensated.inc(chunk.length)
+            self._count_prompt(self._live[request], chunk.length, chunk.level)
             rows = [(request, chunk.slot)] if chunk.last else []
             # All before a first token is known.
             scored = self._score(request, chunk)
@@ -650,12 +620,10 @@ class Engine:
         logprobs: Logprobs | None = call.logprobs and jax.device_get(call.logprobs)
         now, passes = self._settle_time(call.begin), len(ring.tokens)
         self._ends = ring.ends
-        scheduler, metrics, timing = self._scheduler, self._metrics, self._scheduler.timing
+        scheduler, metrics = self._scheduler, self._metrics
         if passes and not call.alone:
             seconds = now - self._last_end
-            if timing is not None and ring.predicted > 0:
-                timing.drift.observe(predicted=ring.predicted, observed=seconds)
-                metrics.drift.set(timing.drift.factor)
+            self._compare(predicted=ring.predicted, observed=seconds)
             if not any(length for _, length, _, _ in ring.chunks):
                 count = sum(token >= 0 for token in ring.tokens[0])
                 pace = self._pace.setdefault(count, seconds / passes)
@@ -667,10 +635,7 @@ class Engine:
             request = call.holders.get(place) if length else None
             if request in self._live:
                 scheduler.chunk_seen(request, length, level, now)
-                metrics.prompt_tokens.inc(length)
-                if level:
-                    self._live[request].uncompensated += length
-                    metrics.uncompensated.inc(length)
+                self._count_prompt(self._live[request], length, level)
             for slot, request in call.holders.items():
                 live = self._live.get(request)
                 if live is not None and (token := row[slot]) >= 0:
@@ -693,10 +658,7 @@ class Engine:
         self._note(call.scored)
         now = self._settle_time(call.begin)
         if call.ends:
-            if call.predicted and self._scheduler.timing is not None:
-                drift = self._scheduler.timing.drift
-                drift.observe(predicted=call.predicted, observed=now - self._last_end)
-                self._metrics.drift.set(drift.factor)
+            self._compare(predicted=call.predicted, observed=now - self._last_end)
             self._last_end = now
         for request, slot in call.rows:
             live = self._live.get(request)
@@ -718,6 +680,20 @@ class Engine:
         if self._outputs:
             outputs, self._outputs = self._outputs, []
             self._deliver(outputs)
+
+    def _count_prompt(self, live: _Live, tokens: int, level: int) -> None:
+        """Count a chunk that went through with a set of compensators, 0 being all."""
+        self._metrics.prompt_tokens.inc(tokens)
+        if level:
+            live.uncompensated += tokens
+            self._metrics.uncompensated.inc(tokens)
+
+    def _compare(self, *, predicted: float, observed: float) -> None:
+        """Let the latency table, if there is one, be corrected by what took so long; 0 is no prediction."""
+        if predicted > 0 and self._scheduler.timing is not None:
+            drift = self._scheduler.timing.drift
+            drift.observe(predicted=predicted, observed=observed)
+            self._metrics.drift.set(drift.factor)
 
     def _settle_time(self, begin: float) -> float:
         """Count the time since the call before ended, or since this one began; gives the time now."""

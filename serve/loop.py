@@ -8,14 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
 from serve.latency import LatencyTable
 from serve.request import UNBOUNDED, Request, SamplingParams, Slo
-from serve.runner import DeviceState, Logits, Runner, decode_lone, decode_step, prefill_step
+from serve.runner import DeviceState, Logits, Runner, decode_lone, decode_step, prefill_step, with_compensators_of
 from serve.sampling import SamplingState
 from serve.scheduler import Iteration, Prompt, Running, begin_iteration, next_chunk, typical_context
 from spear_jax.models.decoder import Decoder
@@ -354,7 +353,7 @@ def _programs(
         first, new = start == slots.origin[slot], start + slots.left[slot] - slots.answered[slot]
         answered = jnp.clip(start + length - new, 0, length)
         place = jnp.stack([slot, start, length, last.astype(jnp.int32), first.astype(jnp.int32), answered])
-        lighter = model if names is None else model.replace(compensators=_only(model, names))
+        lighter = model if names is None else with_compensators_of(model, names)
         token, state = prefill_step(lighter, logits, state, part, place, params)
         here = last & (jnp.arange(run.shape[0]) == slot)
         return jnp.where(here, token, _NEVER), state
@@ -362,10 +361,6 @@ def _programs(
     chunks = [functools.partial(chunk, None, bucket) for bucket in buckets]
     chunks += [functools.partial(chunk, names, buckets[0]) for names in kept[1:]]
     return [nothing, decode, *([decode_one] if lone else []), *chunks]
-
-
-def _only(model: Decoder, names: Sequence[str]) -> nnx.Dict:
-    return nnx.Dict({name: bank for name, bank in model.compensators.items() if name in names})
 
 
 class LoopRunner(Runner):

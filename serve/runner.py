@@ -201,8 +201,7 @@ class Runner:
     @staticmethod
     def _with_compensators(model: Decoder, names: Sequence[str]) -> tuple[list[Array], Any]:
         """Give the arrays and the tree of a model that keeps the compensators of some modules only."""
-        kept = nnx.Dict({name: bank for name, bank in model.compensators.items() if name in names})
-        leaves, tree = jax.tree.flatten(model.replace(compensators=kept))
+        leaves, tree = jax.tree.flatten(with_compensators_of(model, names))
         return _committed(leaves), tree
 
     def replacement(self, model: Decoder) -> list[list[Array]]:
@@ -366,6 +365,12 @@ class Runner:
                 result, self._state = program(leaves, self._state, *args)
                 jax.block_until_ready(result)
                 yield name
+
+
+def with_compensators_of(model: Decoder, names: Sequence[str]) -> Decoder:
+    """Give a model that keeps the compensators of the named modules only."""
+    kept = {name: bank for name, bank in model.compensators.items() if name in names}
+    return model.replace(compensators=nnx.Dict(kept))
 
 
 def empty_state(

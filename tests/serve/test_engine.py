@@ -455,6 +455,19 @@ def test_a_ticket_learns_of_a_refusal_before_anything_is_sent(benches: Callable[
     assert gateway.admission.held == 0
 
 
+def submit_and_abandon_some(bench: Bench, requests: Sequence[Request], rng: np.random.Generator) -> list[Request]:
+    """Submit all, and abandon three in ten, half of them at once; give those that are to be answered."""
+    gone = {request.id for request in requests if rng.random() < 0.3}
+    for request in requests:
+        bench.engine.submit(request)
+        if request.id in gone and rng.random() < 0.5:
+            bench.engine.abort(request)
+    for request in requests:
+        if request.id in gone:
+            bench.engine.abort(request)
+    return [request for request in requests if request.id not in gone]
+
+
 @settings(max_examples=3, deadline=None)
 @given(seed=st.integers(0, 2**32), limits=st.booleans())
 def test_a_thousand_requests_of_all_kinds_end_and_give_everything_back(seed: int, limits: bool) -> None:
@@ -471,19 +484,10 @@ def test_a_thousand_requests_of_all_kinds_end_and_give_everything_back(seed: int
         )
         for i in range(1000)
     ]  # fmt: skip
-    gone = {request.id for request in requests if rng.random() < 0.3}
-    for request in requests:
-        bench.engine.submit(request)
-        if request.id in gone and rng.random() < 0.5:
-            bench.engine.abort(request)
-    for request in requests:
-        if request.id in gone:
-            bench.engine.abort(request)
-    for request in requests:
-        if request.id not in gone:
-            text, reason, tokens = bench.answer(request.id)
-            assert (reason, tokens) == ("length", request.params.max_tokens)
-            assert text == "".join(f"[{8 + i}]" for i in range(tokens))
+    for request in submit_and_abandon_some(bench, requests, rng):
+        text, reason, tokens = bench.answer(request.id)
+        assert (reason, tokens) == ("length", request.params.max_tokens)
+        assert text == "".join(f"[{8 + i}]" for i in range(tokens))
     bench.wait(lambda: bench.gauge("num_requests_running") == 0 or time.sleep(0.01) is None)
     assert bench.engine.stop(timeout=20)
     assert bench.scheduler.idle
@@ -518,17 +522,8 @@ def test_a_thousand_requests_on_too_few_pages_all_end_and_give_every_page_back(s
         params = SamplingParams(max_tokens=tokens, repetition_penalty=float(rng.choice([1.0, 1.0, 1.2])))
         requests.append(Request(id=f"r{i}", prompt=prompt, params=params, priority=int(rng.integers(2))))
         expected[f"r{i}"] = expected_answer(prompt, tokens)
-    gone = {request.id for request in requests if rng.random() < 0.3}
-    for request in requests:
-        bench.engine.submit(request)
-        if request.id in gone and rng.random() < 0.5:
-            bench.engine.abort(request)
-    for request in requests:
-        if request.id in gone:
-            bench.engine.abort(request)
-    for request in requests:
-        if request.id not in gone:
-            assert bench.answer(request.id) == (expected[request.id], "length", request.params.max_tokens)
+    for request in submit_and_abandon_some(bench, requests, rng):
+        assert bench.answer(request.id) == (expected[request.id], "length", request.params.max_tokens)
     bench.wait(lambda: bench.gauge("num_requests_running") == 0 or time.sleep(0.01) is None)
     assert bench.engine.stop(timeout=20)
     assert bench.engine.failure is None
