@@ -1,10 +1,9 @@
 """Two engines behind one gateway, to compare: the model, and the same without its error compensators."""
 
-from flax import nnx
-
 from serve.engine import Engine
 from serve.latency import LatencyTable
 from serve.request import Request
+from spear_jax.evaluation.comparison import without_compensators
 from spear_jax.models.decoder import Decoder
 
 
@@ -38,7 +37,7 @@ class ComparedEngines:
             ValueError: It is another one; says what differs.
         """
         self._full.swap(model)
-        self._bare.swap(model.replace(compensators=nnx.Dict()))
+        self._bare.swap(without_compensators(model))
 
     def stop(self, *, timeout: float) -> bool:
         """End both threads; says whether they ended in `timeout` seconds each."""

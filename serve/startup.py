@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.monitoring
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -38,6 +37,7 @@ from serve.runner import Runner, cache_page_bytes
 from serve.slots import SlotScheduler, Timing
 from spear_jax.cli import cache_dir
 from spear_jax.config import ModelConfig, load_yaml
+from spear_jax.evaluation.comparison import without_compensators
 from spear_jax.hosts import least_of_all
 from spear_jax.loading import find_checkpoint
 from spear_jax.models import LoadedModel, activation_dtype
@@ -286,7 +286,7 @@ def start_bare_runner(prepared: Prepared, config: ServeConfig, console: Console,
     """
     if not prepared.model.compensators:
         raise ValueError("compare: this model has no error compensators")
-    bare = dataclasses.replace(prepared, model=prepared.model.replace(compensators=nnx.Dict()))
+    bare = dataclasses.replace(prepared, model=without_compensators(prepared.model))
     runner = make_runner(bare, config, kept=(), pages=pages, loop=loop_settings(config, None))
     with Phases(console) as phases, phases.phase("compile without compensators", steps=runner.num_programs):
         for program in runner.warm_up():

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from pallas_kernels.int4_matmul import Gate
@@ -29,6 +29,7 @@ from spear_jax.models import DType, LoadedModel, activation_dtype
 from spear_jax.models.decoder import MODULES, Decoder, Layer, weight_shapes
 from spear_jax.nn.linear import Linear
 from spear_jax.quant import Bits, CompensatorBank, Int8Rows, QuantTensor
+from spear_jax.sharding import same_everywhere
 from spear_jax.tokenizer import tokenizer_from_directory
 
 if TYPE_CHECKING:
@@ -145,11 +146,8 @@ def _of_all(arrays: dict[str, Array]) -> dict[str, Array]:
     if jax.process_count() == 1:
         return arrays
     mesh = Mesh(np.asarray(jax.devices()), ("copies",))
-    everywhere = NamedSharding(mesh, PartitionSpec())
     return {
-        name: jax.make_array_from_callback(array.shape, everywhere, np.asarray(array).__getitem__)
-        if array.is_fully_addressable
-        else array
+        name: same_everywhere(np.asarray(array), mesh) if array.is_fully_addressable else array
         for name, array in arrays.items()
     }
 
