@@ -102,7 +102,7 @@ def test_the_page_streams_answers_with_and_without_compensators_side_by_side(
 ) -> None:
     server = launch_server("--max-context", "384", "--prefill-buckets", "64", "--max-slots", "2", "--compare")
     browser.call("Page.navigate", url=server.url)
-    browser.wait("document.getElementById('model').textContent.includes('starting')")
+    browser.wait("document.getElementById('model')?.textContent.includes('starting')")
     server.wait_for_log("ready: ", seconds=540)
     browser.wait("document.getElementById('model').textContent === 'SmolLM2-135M-Instruct'")
     texts = "[...document.querySelectorAll('.text')].map(e => e.textContent)"
